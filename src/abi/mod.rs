@@ -1,0 +1,1 @@
+//! The C++ boundary: the shim, `extern "C"` functions, panic guard, handles.

@@ -1,0 +1,1 @@
+//! Every option: key, environment variable, default, range, help.

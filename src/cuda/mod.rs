@@ -1,0 +1,1 @@
+//! CUDA context guard, pointer attributes, dmabuf.

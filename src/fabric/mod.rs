@@ -1,0 +1,1 @@
+//! Safe owning wrappers of libfabric objects.

@@ -1,0 +1,21 @@
+//! NIXL backend plugin that moves data over EFA through libfabric.
+//!
+//! ARCHITECTURE.md has the map: layers, laws, and one transfer followed through the files.
+
+pub mod abi;
+pub mod config;
+pub mod cuda;
+pub mod engine;
+pub mod error;
+pub mod fabric;
+pub mod logging;
+pub mod memory;
+pub mod notify;
+pub mod peer;
+pub mod progress;
+pub mod rail;
+pub mod sys;
+pub mod topology;
+pub mod transfer;
+pub mod types;
+pub mod wire;

@@ -1,0 +1,1 @@
+//! The log, driven by `NIXL_LOG_LEVEL`.

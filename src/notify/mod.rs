@@ -1,0 +1,1 @@
+//! Notifications: reassembly and the inbox.

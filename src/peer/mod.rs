@@ -1,0 +1,1 @@
+//! Peers, their states and the handshake.

@@ -1,0 +1,1 @@
+//! Who drives the rails, and when to sleep.

@@ -1,0 +1,1 @@
+//! A rail: endpoint, queues and completion dispatch under one owner.

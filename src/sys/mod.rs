@@ -1,0 +1,1 @@
+//! Foreign tables loaded at run time: libfabric, hwloc, libcuda. The only foreign struct layouts.

@@ -1,0 +1,1 @@
+//! Codecs of everything that crosses the network: pure, no I/O.
