@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 /// Kind of memory, with NIXL's values (`nixl_mem_t`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -66,6 +67,52 @@ impl TryFrom<i32> for Op {
             other => Err(other),
         }
     }
+}
+
+/// Name of an agent. NIXL takes any bytes, so do we.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct AgentName(Arc<[u8]>);
+
+impl AgentName {
+    /// The bytes of the name.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl From<&[u8]> for AgentName {
+    fn from(bytes: &[u8]) -> Self {
+        Self(bytes.into())
+    }
+}
+
+impl From<&str> for AgentName {
+    fn from(text: &str) -> Self {
+        text.as_bytes().into()
+    }
+}
+
+impl fmt::Display for AgentName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0.escape_ascii())
+    }
+}
+
+impl fmt::Debug for AgentName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "\"{self}\"")
+    }
+}
+
+/// A range of memory as NIXL describes it (`nixlBasicDesc`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Desc {
+    /// First byte.
+    pub addr: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// Device number; its meaning belongs to the memory kind.
+    pub dev_id: u64,
 }
 
 /// Index of a rail in its engine. It travels inside operations; it is never a position in some other list.
