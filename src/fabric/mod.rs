@@ -1,4 +1,39 @@
-//! Safe owning wrappers of libfabric objects.
+//! Safe owning wrappers of libfabric objects: library, device, domain, memory region, endpoint.
+//!
+//! What makes posting safe:
+//! - local memory is named by a [`MemoryRegion`], made of a [`MemoryRange`] whose `unsafe` constructor took the host's
+//!   word; an operation in flight holds the region, so that it is closed after the provider has let go of it;
+//! - a work request's context is a cell of the endpoint's own, in flight at most once;
+//! - peers are named by a [`FiAddr`] that the endpoint checks against its own table;
+//! - an endpoint closes before its queue, its context cells and the regions that it holds; if libfabric refuses to
+//!   close it, they are leaked rather than freed under the provider's hands;
+//! - everything that posts or polls takes `&mut Endpoint`: one owner at a time, as `FI_THREAD_COMPLETION` wants it.
+
+// FI_* names stand in prose here as they do in libfabric's manual.
+#![allow(clippy::doc_markdown)]
+
+mod completion;
+mod device;
+mod domain;
+pub mod efa;
+mod endpoint;
+mod error;
+mod handle;
+mod library;
+mod memory;
+mod post;
+mod slots;
+#[cfg(test)]
+mod tests;
+
+pub use completion::{Completion, CompletionError};
+pub use device::{AddrFormat, Device, Nic, Query};
+pub use domain::{Domain, Fabric};
+pub use endpoint::{Endpoint, EndpointOptions, FiAddr};
+pub use error::{FabricError, is_disconnect};
+pub use library::{Libfabric, Version};
+pub use memory::{Dmabuf, Hmem, MemoryRegion, RegisteredBuffer};
+pub use post::{Posted, Recv, Rma, RmaFlags, Send};
 
 /// A range of memory that NICs may read and write while it is registered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -12,7 +47,9 @@ impl MemoryRange {
     ///
     /// # Safety
     /// `addr..addr + len` must be memory (of the host or of an accelerator) that stays valid, and that
-    /// tolerates concurrent access by devices, until every registration of it has been dropped.
+    /// tolerates concurrent access by devices, until every registration of it is closed. A registration is closed
+    /// when its last [`MemoryRegion`] has been dropped and no operation that was posted with it is in flight;
+    /// [`MemoryRegion::close`] answers whether that is so.
     pub unsafe fn assume_registered(addr: u64, len: u64) -> Self {
         Self { addr, len }
     }

@@ -1,1 +1,4 @@
 //! Foreign tables loaded at run time: libfabric, hwloc, libcuda. The only foreign struct layouts.
+
+pub mod dl;
+pub mod libfabric;

@@ -1,0 +1,580 @@
+//! What libfabric offers: one [`Device`] for each way to reach the network that fits a [`Query`].
+
+use std::ffi::{CStr, CString, c_char};
+use std::fmt;
+use std::ptr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::error::{FabricError, code_of};
+use super::library::{Libfabric, Version};
+use super::{efa, error};
+use crate::error::{Error, Result, Status};
+use crate::sys::libfabric as sys;
+use crate::types::PciAddress;
+
+/// Most entries taken of one answer. The largest EC2 instances have 32 NICs and a handful of entries for each.
+const DEVICES_MAX: usize = 4096;
+
+/// What is wanted of the network. `None` is: any.
+#[derive(Debug, Clone, Default)]
+pub struct Query {
+    /// Provider, as `FI_PROVIDER` names it: `efa`, `tcp`.
+    pub provider: Option<String>,
+    /// Fabric: `efa`, `efa-direct`, or a network in CIDR notation.
+    pub fabric: Option<String>,
+    /// Domain: one NIC.
+    pub domain: Option<String>,
+    /// Whether accelerator memory is to be registered.
+    pub hmem: bool,
+    /// Whether writes must be able to complete only when their data is in the peer's memory.
+    pub delivery_complete: bool,
+}
+
+/// Form of an endpoint's address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum AddrFormat {
+    /// `struct sockaddr` of any family.
+    Sock,
+    /// `struct sockaddr_in`.
+    SockIn,
+    /// `struct sockaddr_in6`.
+    SockIn6,
+    /// `struct sockaddr_ib`.
+    SockIb,
+    /// GID, queue pair number and key of an EFA endpoint.
+    Efa,
+    /// A string.
+    Str,
+    /// InfiniBand datagram address.
+    IbUd,
+    /// Another format, by libfabric's number.
+    Other(u32),
+}
+
+/// The NIC behind a device, as far as the provider tells.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Nic {
+    /// Name that the system gives it (`rdmap79s0`).
+    pub name: String,
+    /// Where it sits.
+    pub pci: Option<PciAddress>,
+    /// Link speed in bits per second; 0 if unknown.
+    pub speed_bps: u64,
+    /// Largest packet in bytes; 0 if unknown.
+    pub mtu: usize,
+}
+
+/// One way to reach the network: a provider, a fabric, a NIC, and what they can do.
+#[derive(Clone)]
+pub struct Device {
+    list: Arc<InfoList>,
+    info: InfoPtr,
+    facts: Arc<Facts>,
+}
+
+/// A list of `fi_info` as libfabric gave it, freed with its last device.
+struct InfoList {
+    library: Libfabric,
+    head: *mut sys::fi_info,
+    /// Held while an entry is passed to libfabric: opening an endpoint writes the wished queue sizes into it.
+    lock: Mutex<()>,
+}
+
+// SAFETY: the list is plain memory of our own; its entries are only read or written under `lock` once the list is
+// shared, and freed when nobody is left.
+unsafe impl Send for InfoList {}
+// SAFETY: as above.
+unsafe impl Sync for InfoList {}
+
+impl Drop for InfoList {
+    fn drop(&mut self) {
+        // SAFETY: `head` came from fi_getinfo and is freed once, by the same library.
+        unsafe { (self.library.api().freeinfo)(self.head) };
+    }
+}
+
+/// One entry of an [`InfoList`].
+#[derive(Clone, Copy)]
+struct InfoPtr(*mut sys::fi_info);
+
+// SAFETY: see `InfoList`.
+unsafe impl Send for InfoPtr {}
+// SAFETY: see `InfoList`.
+unsafe impl Sync for InfoPtr {}
+
+/// Everything that we want to know about an entry, read once while nobody else can see it.
+struct Facts {
+    provider: String,
+    fabric: String,
+    domain: String,
+    caps: u64,
+    mr_mode: i32,
+    mr_key_size: usize,
+    mr_iov_limit: usize,
+    tx_op_flags: u64,
+    tx_msg_order: u64,
+    tx_size: usize,
+    rx_size: usize,
+    inject_size: usize,
+    iov_limit: usize,
+    rma_iov_limit: usize,
+    cq_data_size: usize,
+    max_msg_size: usize,
+    max_order_waw_size: usize,
+    threading: i32,
+    addr_format: AddrFormat,
+    source: Vec<u8>,
+    nic: Option<Nic>,
+    api_version: Version,
+}
+
+impl Libfabric {
+    /// The devices that fit the query, in libfabric's order of preference; none is not an error.
+    pub fn discover(&self, query: &Query) -> Result<Vec<Device>> {
+        // Manual progress is what we drive; a provider that cannot be driven so may still progress by itself.
+        let mut devices = self.getinfo(query, sys::FI_PROGRESS_MANUAL)?;
+        if devices.is_empty() {
+            devices = self.getinfo(query, sys::FI_PROGRESS_UNSPEC)?;
+        }
+        Ok(devices)
+    }
+
+    fn getinfo(&self, query: &Query, progress: i32) -> Result<Vec<Device>> {
+        let version = self.api_version(query.hmem);
+        let mut hints = Hints::new(query, progress)?;
+        let mut head = ptr::null_mut();
+        // SAFETY: the hints and everything that they point to live through the call; libfabric copies what it keeps.
+        let status = unsafe {
+            let hints = hints.link();
+            (self.api().getinfo)(version.packed(), ptr::null(), ptr::null(), 0, hints, &raw mut head)
+        };
+        if status != 0 {
+            let code = code_of(status as isize);
+            if code == libc::ENODATA || code == libc::ENODEV {
+                return Ok(Vec::new());
+            }
+            let error = FabricError::new("fi_getinfo", code);
+            return Err(Error::new(error::status_of(code), format!("{self:?}: {error}")));
+        }
+        // SAFETY: fi_getinfo succeeded, so `head` starts a list that is ours to free, and nobody else has it yet.
+        Ok(unsafe { devices_of(self, head) })
+    }
+}
+
+/// # Safety
+/// `head` starts a list from fi_getinfo of `library` (or is null) that nobody else uses.
+unsafe fn devices_of(library: &Libfabric, head: *mut sys::fi_info) -> Vec<Device> {
+    if head.is_null() {
+        return Vec::new();
+    }
+    let list = Arc::new(InfoList { library: library.clone(), head, lock: Mutex::new(()) });
+    let mut devices = Vec::new();
+    let mut next = head;
+    while !next.is_null() && devices.len() < DEVICES_MAX {
+        // SAFETY: `next` is an entry of the list, which lives; nobody else has seen it.
+        unsafe {
+            if let Some(facts) = Facts::read(next) {
+                devices.push(Device { list: Arc::clone(&list), info: InfoPtr(next), facts: Arc::new(facts) });
+            }
+            next = (*next).next;
+        }
+    }
+    devices
+}
+
+/// Hints with the structures and strings that they point to.
+struct Hints {
+    info: sys::fi_info,
+    tx: sys::fi_tx_attr,
+    rx: sys::fi_rx_attr,
+    ep: sys::fi_ep_attr,
+    domain: sys::fi_domain_attr,
+    fabric: sys::fi_fabric_attr,
+    provider_name: Option<CString>,
+    fabric_name: Option<CString>,
+    domain_name: Option<CString>,
+}
+
+impl Hints {
+    fn new(query: &Query, progress: i32) -> Result<Self> {
+        let name = |what: &str, name: &Option<String>| {
+            name.as_ref()
+                .map(|text| CString::new(text.as_str()))
+                .transpose()
+                .map_err(|_| Error::invalid(format!("the {what} name holds a NUL character")))
+        };
+        let (names, hmem) = (
+            (
+                name("provider", &query.provider)?,
+                name("fabric", &query.fabric)?,
+                name("domain", &query.domain)?,
+            ),
+            query.hmem,
+        );
+        // SAFETY: these structures are integers and raw pointers, for which zero is a value: "no wish".
+        let mut hints = unsafe {
+            Self {
+                info: std::mem::zeroed(),
+                tx: std::mem::zeroed(),
+                rx: std::mem::zeroed(),
+                ep: std::mem::zeroed(),
+                domain: std::mem::zeroed(),
+                fabric: std::mem::zeroed(),
+                provider_name: names.0,
+                fabric_name: names.1,
+                domain_name: names.2,
+            }
+        };
+        // Not FI_LOCAL_COMM or FI_REMOTE_COMM: a host that has nothing but its loopback must work, too.
+        hints.info.caps = sys::FI_MSG | sys::FI_RMA | if hmem { sys::FI_HMEM } else { 0 };
+        hints.info.mode = sys::FI_CONTEXT | sys::FI_CONTEXT2;
+        hints.tx.op_flags = if query.delivery_complete { sys::FI_DELIVERY_COMPLETE } else { 0 };
+        hints.ep.type_ = sys::FI_EP_RDM;
+        hints.domain.control_progress = progress;
+        hints.domain.data_progress = progress;
+        hints.domain.resource_mgmt = sys::FI_RM_ENABLED;
+        // The provider's own, strongest level is taken; `Facts::read` lowers it where that pays.
+        hints.domain.threading = sys::FI_THREAD_UNSPEC;
+        hints.domain.av_type = sys::FI_AV_UNSPEC;
+        hints.domain.mr_mode = sys::FI_MR_LOCAL
+            | sys::FI_MR_VIRT_ADDR
+            | sys::FI_MR_ALLOCATED
+            | sys::FI_MR_PROV_KEY
+            | sys::FI_MR_ENDPOINT
+            | if hmem { sys::FI_MR_HMEM } else { 0 };
+        Ok(hints)
+    }
+
+    /// Sets the pointers. They are good until the hints move.
+    fn link(&mut self) -> *const sys::fi_info {
+        let text = |name: &Option<CString>| name.as_ref().map_or(ptr::null_mut(), |n| n.as_ptr().cast_mut());
+        self.fabric.prov_name = text(&self.provider_name);
+        self.fabric.name = text(&self.fabric_name);
+        self.domain.name = text(&self.domain_name);
+        self.info.tx_attr = &raw mut self.tx;
+        self.info.rx_attr = &raw mut self.rx;
+        self.info.ep_attr = &raw mut self.ep;
+        self.info.domain_attr = &raw mut self.domain;
+        self.info.fabric_attr = &raw mut self.fabric;
+        &raw const self.info
+    }
+}
+
+impl Facts {
+    /// Reads an entry; `None` for one that lacks what every provider fills.
+    ///
+    /// # Safety
+    /// `info` is an entry that fi_getinfo gave and that nobody else uses.
+    unsafe fn read(info: *mut sys::fi_info) -> Option<Self> {
+        // SAFETY: the entry and its attributes are readable in the layout of the symbol version that was asked for;
+        // attributes are checked for null; names are C strings or null. No reference outlives this function.
+        unsafe {
+            let info = &mut *info;
+            let (tx, rx) = (info.tx_attr.as_ref()?, info.rx_attr.as_ref()?);
+            let (ep, fabric) = (info.ep_attr.as_ref()?, info.fabric_attr.as_ref()?);
+            let domain = info.domain_attr.as_mut()?;
+            let provider = text(fabric.prov_name);
+            if efa::is_efa(&provider) {
+                // One owner drives an endpoint and its queue, so efa need not lock. Other providers keep the locks
+                // that they have: they are not what speed depends on.
+                domain.threading = sys::FI_THREAD_COMPLETION;
+            }
+            Some(Self {
+                provider,
+                fabric: text(fabric.name),
+                domain: text(domain.name),
+                caps: info.caps,
+                mr_mode: domain.mr_mode,
+                mr_key_size: domain.mr_key_size,
+                mr_iov_limit: domain.mr_iov_limit,
+                tx_op_flags: tx.op_flags,
+                tx_msg_order: tx.msg_order,
+                tx_size: tx.size,
+                rx_size: rx.size,
+                inject_size: tx.inject_size,
+                iov_limit: tx.iov_limit,
+                rma_iov_limit: tx.rma_iov_limit,
+                cq_data_size: domain.cq_data_size,
+                max_msg_size: ep.max_msg_size,
+                max_order_waw_size: ep.max_order_waw_size,
+                threading: domain.threading,
+                addr_format: AddrFormat::from_number(info.addr_format),
+                source: bytes(info.src_addr.cast(), info.src_addrlen),
+                nic: nic(info.nic),
+                api_version: Version::from_packed(fabric.api_version),
+            })
+        }
+    }
+}
+
+/// # Safety
+/// `text` is null or a C string.
+unsafe fn text(text: *const c_char) -> String {
+    if text.is_null() {
+        return String::new();
+    }
+    // SAFETY: the caller's promise.
+    unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+}
+
+/// # Safety
+/// `data` is null or points to `len` readable bytes.
+unsafe fn bytes(data: *const u8, len: usize) -> Vec<u8> {
+    if data.is_null() || len > super::endpoint::NAME_BYTES_MAX {
+        return Vec::new();
+    }
+    // SAFETY: the caller's promise.
+    unsafe { std::slice::from_raw_parts(data, len) }.to_vec()
+}
+
+/// # Safety
+/// `nic` is null or an object that libfabric filled.
+unsafe fn nic(nic: *const sys::fid_nic) -> Option<Nic> {
+    // SAFETY: the caller's promise; each part is null or readable.
+    unsafe {
+        let nic = nic.as_ref()?;
+        let (device, link) = (nic.device_attr.as_ref(), nic.link_attr.as_ref());
+        let pci = nic.bus_attr.as_ref().filter(|bus| bus.bus_type == sys::FI_BUS_PCI).map(|bus| PciAddress {
+            domain: bus.attr.domain_id.into(),
+            bus: bus.attr.bus_id,
+            device: bus.attr.device_id,
+            function: bus.attr.function_id,
+        });
+        Some(Nic {
+            name: device.map(|d| text(d.name)).unwrap_or_default(),
+            pci,
+            speed_bps: link.map_or(0, |l| l.speed as u64),
+            mtu: link.map_or(0, |l| l.mtu),
+        })
+    }
+}
+
+impl AddrFormat {
+    fn from_number(number: u32) -> Self {
+        match number {
+            sys::FI_SOCKADDR => Self::Sock,
+            sys::FI_SOCKADDR_IN => Self::SockIn,
+            sys::FI_SOCKADDR_IN6 => Self::SockIn6,
+            sys::FI_SOCKADDR_IB => Self::SockIb,
+            sys::FI_ADDR_STR => Self::Str,
+            sys::FI_ADDR_IB_UD => Self::IbUd,
+            sys::FI_ADDR_EFA => Self::Efa,
+            other => Self::Other(other),
+        }
+    }
+}
+
+impl Device {
+    /// Provider, with its layers: `efa`, `tcp`, `tcp;ofi_rxm`.
+    pub fn provider(&self) -> &str {
+        &self.facts.provider
+    }
+
+    /// Name of the fabric.
+    pub fn fabric_name(&self) -> &str {
+        &self.facts.fabric
+    }
+
+    /// Name of the domain: the NIC.
+    pub fn domain_name(&self) -> &str {
+        &self.facts.domain
+    }
+
+    /// Capability bits (`FI_MSG`, ...).
+    pub fn caps(&self) -> u64 {
+        self.facts.caps
+    }
+
+    /// Whether accelerator memory can be registered.
+    pub fn has_hmem(&self) -> bool {
+        self.facts.caps & sys::FI_HMEM != 0
+    }
+
+    /// Whether a peer names remote memory by its address; else by its offset in the registration.
+    pub fn mr_virt_addr(&self) -> bool {
+        self.facts.mr_mode & sys::FI_MR_VIRT_ADDR != 0
+    }
+
+    /// Whether the provider chooses keys; else we do.
+    pub fn mr_prov_key(&self) -> bool {
+        self.facts.mr_mode & sys::FI_MR_PROV_KEY != 0
+    }
+
+    /// Whether local buffers must be registered. We always do.
+    pub fn mr_local(&self) -> bool {
+        self.facts.mr_mode & sys::FI_MR_LOCAL != 0
+    }
+
+    /// Whether a registration is bound to an endpoint before it is used.
+    pub fn mr_endpoint(&self) -> bool {
+        self.facts.mr_mode & sys::FI_MR_ENDPOINT != 0
+    }
+
+    /// Bytes of a key.
+    pub fn mr_key_size(&self) -> usize {
+        self.facts.mr_key_size
+    }
+
+    /// Most ranges in one registration.
+    pub fn mr_iov_limit(&self) -> usize {
+        self.facts.mr_iov_limit
+    }
+
+    /// Most operations in the transmit queue.
+    pub fn tx_size(&self) -> usize {
+        self.facts.tx_size
+    }
+
+    /// Most receives in the receive queue.
+    pub fn rx_size(&self) -> usize {
+        self.facts.rx_size
+    }
+
+    /// Most bytes in one operation.
+    pub fn max_msg_size(&self) -> usize {
+        self.facts.max_msg_size
+    }
+
+    /// Most bytes that can be sent without waiting for their buffer.
+    pub fn inject_size(&self) -> usize {
+        self.facts.inject_size
+    }
+
+    /// Bytes of immediate data.
+    pub fn cq_data_size(&self) -> usize {
+        self.facts.cq_data_size
+    }
+
+    /// Most local ranges in one message.
+    pub fn iov_limit(&self) -> usize {
+        self.facts.iov_limit
+    }
+
+    /// Most remote ranges in one write or read.
+    pub fn rma_iov_limit(&self) -> usize {
+        self.facts.rma_iov_limit
+    }
+
+    /// Whether writes complete only when their data is in the peer's memory, if they are asked to.
+    ///
+    /// True only where the [`Query`] asked for it, or where the provider says so by itself.
+    pub fn delivery_complete(&self) -> bool {
+        self.facts.tx_op_flags & sys::FI_DELIVERY_COMPLETE != 0
+    }
+
+    /// Whether the data of writes to one peer arrives in the order in which they were posted, whatever their size.
+    ///
+    /// fi_endpoint(3): FI_ORDER_WAW or FI_ORDER_RMA_WAW orders writes; the data itself is ordered only for messages of
+    /// up to `max_order_waw_size` bytes.
+    pub fn orders_writes(&self) -> bool {
+        self.write_order_bytes_max() >= self.max_msg_size()
+    }
+
+    /// Largest write whose data is ordered after that of earlier writes to the same peer, in bytes; 0 if none is.
+    pub fn write_order_bytes_max(&self) -> usize {
+        if self.facts.tx_msg_order & (sys::FI_ORDER_WAW | sys::FI_ORDER_RMA_WAW) == 0 {
+            0
+        } else {
+            self.facts.max_order_waw_size
+        }
+    }
+
+    /// The NIC, if the provider tells about it.
+    pub fn nic(&self) -> Option<&Nic> {
+        self.facts.nic.as_ref()
+    }
+
+    /// Form of addresses.
+    pub fn addr_format(&self) -> AddrFormat {
+        self.facts.addr_format
+    }
+
+    /// Local address that endpoints of this device have, empty if unknown.
+    pub fn source_address(&self) -> Vec<u8> {
+        self.facts.source.clone()
+    }
+
+    /// Whether the local address is one that only this host can reach: 127.0.0.0/8 or `::1`.
+    pub fn loopback(&self) -> bool {
+        matches!(self.addr_format(), AddrFormat::Sock | AddrFormat::SockIn | AddrFormat::SockIn6)
+            && is_loopback(&self.facts.source)
+    }
+
+    /// API version that libfabric speaks on this device.
+    pub fn api_version(&self) -> Version {
+        self.facts.api_version
+    }
+
+    /// Whether this copy of libfabric gave the device.
+    pub(super) fn is_of(&self, library: &Libfabric) -> bool {
+        self.list.library.is_same(library)
+    }
+
+    /// Whether both are the same entry of the same answer.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        ptr::eq(self.info.0, other.info.0)
+    }
+
+    pub(super) fn threading(&self) -> i32 {
+        self.facts.threading
+    }
+
+    /// Lends the entry to a call that opens an object; the pointer is good while the guard is held.
+    pub(super) fn lock_info(&self) -> (MutexGuard<'_, ()>, *mut sys::fi_info) {
+        (self.list.lock.lock().unwrap_or_else(PoisonError::into_inner), self.info.0)
+    }
+
+    /// The error of a device that cannot be used for a reason known beforehand.
+    pub(super) fn unusable(&self, why: &str) -> Error {
+        Error::new(Status::NotSupported, format!("{self:?}: {why}"))
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} on {} ({})", self.provider(), self.domain_name(), self.fabric_name())
+    }
+}
+
+/// Whether a `struct sockaddr` is a loopback address.
+fn is_loopback(sockaddr: &[u8]) -> bool {
+    let Some(family) = sockaddr.first_chunk().map(|f| i32::from(u16::from_ne_bytes(*f))) else {
+        return false;
+    };
+    match family {
+        // Port (2 bytes), address (4).
+        libc::AF_INET => sockaddr.get(4) == Some(&127),
+        // Port (2 bytes), flow information (4), address (16).
+        libc::AF_INET6 => sockaddr.get(8..24).is_some_and(|a| a[..15].iter().all(|&b| b == 0) && a[15] == 1),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loopback_addresses_are_known() {
+        let v4 = |first: u8| [&(libc::AF_INET as u16).to_ne_bytes()[..], &[0, 0, first, 0, 0, 1]].concat();
+        assert!(is_loopback(&v4(127)));
+        assert!(!is_loopback(&v4(10)));
+        let v6 = |last: u8| {
+            let mut address = [0u8; 28];
+            address[..2].copy_from_slice(&(libc::AF_INET6 as u16).to_ne_bytes());
+            address[23] = last;
+            address
+        };
+        assert!(is_loopback(&v6(1)));
+        assert!(!is_loopback(&v6(2)));
+        for short in [&[][..], &[2], &v4(127)[..4], &v6(1)[..20]] {
+            assert!(!is_loopback(short));
+        }
+    }
+
+    #[test]
+    fn names_with_nul_are_refused() {
+        let query = Query { domain: Some("a\0b".into()), ..Query::default() };
+        assert_eq!(Hints::new(&query, 0).err().unwrap().status(), Status::InvalidParam);
+    }
+}

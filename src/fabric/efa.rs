@@ -1,0 +1,149 @@
+//! What is particular to the efa provider: options, error numbers, quirks by version.
+
+use std::ffi::c_int;
+
+use super::device::Device;
+use super::endpoint::EndpointOptions;
+use super::error::FabricError;
+use super::library::Version;
+use crate::sys::libfabric as sys;
+
+/// `FI_OPT_EFA_RNR_RETRY` value for: retry for ever while the peer has no receive posted.
+const RNR_RETRY_INFINITE: usize = 7;
+
+/// Whether a provider name is the efa provider's, alone or under a layer.
+pub fn is_efa(provider: &str) -> bool {
+    provider.split(';').next() == Some("efa")
+}
+
+/// Whether a device is of the `efa-direct` fabric: no protocol of libfabric's own between us and the NIC.
+pub fn is_direct(device: &Device) -> bool {
+    is_efa(device.provider()) && device.fabric_name() == "efa-direct"
+}
+
+/// Whether an FI_MORE batch of writes holds the send queue's lock from its first post to its last, so that whatever
+/// else needs the queue in between (a poll, too) deadlocks. Fixed in 2.4.
+pub fn more_holds_lock(version: Version) -> bool {
+    version < Version::new(2, 4)
+}
+
+/// Whether an FI_MORE batch may lose its doorbell when it is posted before the handshake with the peer is over, so
+/// that it is never sent. All versions up to 2.6.
+pub fn more_needs_handshake(version: Version) -> bool {
+    version <= Version::new(2, 6)
+}
+
+/// Whether a completion's provider error number says that the peer, or the way to it, is gone
+/// (prov/efa/src/efa_errno.h; below 4096 it is the NIC's completion status).
+pub fn is_disconnect(prov_code: i32) -> bool {
+    matches!(
+        prov_code,
+        8 // reset by the remote peer
+        | 9 // the remote queue pair does not exist, or is in error
+        | 13 // unresponsive, was responsive before
+        | 14 // the remote side does not know us (any more)
+        | 15 // unreachable, never answered
+        | 4124 // unresponsive, connection established before
+        | 4126 // reachable by the NIC, but no handshake
+    )
+}
+
+/// One endpoint option.
+#[derive(Debug, PartialEq, Eq)]
+struct Setting {
+    name: &'static str,
+    option: c_int,
+    value: Value,
+    why: &'static str,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Value {
+    /// C `bool`.
+    Flag(bool),
+    /// C `size_t`.
+    Size(usize),
+}
+
+/// The options that an endpoint gets before it is enabled.
+fn settings(direct: bool, options: &EndpointOptions) -> Vec<Setting> {
+    let mut settings = vec![Setting {
+        name: "FI_OPT_EFA_RNR_RETRY",
+        option: sys::FI_OPT_EFA_RNR_RETRY,
+        value: Value::Size(RNR_RETRY_INFINITE),
+        why: "a peer that is slow to post receives is not an error",
+    }];
+    if !direct {
+        // Both ends must agree, and C++ peers have it off. The efa-direct fabric needs it on: with it off, a write with
+        // immediate data would use up a posted receive.
+        settings.push(Setting {
+            name: "FI_OPT_EFA_USE_UNSOLICITED_WRITE_RECV",
+            option: sys::FI_OPT_EFA_USE_UNSOLICITED_WRITE_RECV,
+            value: Value::Flag(false),
+            why: "C++ peers have it off, and both ends must agree",
+        });
+        settings.push(Setting {
+            name: "FI_OPT_SHARED_MEMORY_PERMITTED",
+            option: sys::FI_OPT_SHARED_MEMORY_PERMITTED,
+            value: Value::Flag(options.shared_memory),
+            why: "shared memory to peers on this host",
+        });
+    }
+    if let Some(permitted) = options.cuda_api {
+        settings.push(Setting {
+            name: "FI_OPT_CUDA_API_PERMITTED",
+            option: sys::FI_OPT_CUDA_API_PERMITTED,
+            value: Value::Flag(permitted),
+            why: "calls of CUDA from inside libfabric",
+        });
+    }
+    settings
+}
+
+/// Sets the options by `set(option, value bytes)`. One that this libfabric does not know keeps its default.
+pub(super) fn configure(
+    device: &Device,
+    options: &EndpointOptions,
+    mut set: impl FnMut(c_int, &[u8]) -> Result<(), FabricError>,
+) {
+    for Setting { name, option, value, why } in settings(is_direct(device), options) {
+        let result = match value {
+            Value::Flag(flag) => set(option, &[u8::from(flag)]),
+            Value::Size(size) => set(option, &size.to_ne_bytes()),
+        };
+        match result {
+            Ok(()) => {}
+            Err(error) if matches!(error.code, libc::ENOSYS | libc::ENOPROTOOPT) => {
+                log::debug!("{device:?}: this libfabric does not know {name} ({why}), its default stays");
+            }
+            Err(error) => log::warn!("{device:?}: {name} ({why}) cannot be set, its default stays: {error}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_told_apart() {
+        assert!(is_efa("efa") && is_efa("efa;ofi_rxd"));
+        assert!(!is_efa("tcp;ofi_rxm") && !is_efa("efadv") && !is_efa(""));
+    }
+
+    #[test]
+    fn quirks_end_where_they_were_fixed() {
+        assert!(more_holds_lock(Version::new(1, 22)) && more_holds_lock(Version::new(2, 3)));
+        assert!(!more_holds_lock(Version::new(2, 4)));
+        assert!(more_needs_handshake(Version::new(2, 6)) && !more_needs_handshake(Version::new(2, 7)));
+    }
+
+    #[test]
+    fn direct_keeps_unsolicited_receives() {
+        let options = EndpointOptions::default();
+        let sets = |direct, option| settings(direct, &options).iter().any(|s| s.option == option);
+        assert!(sets(false, sys::FI_OPT_EFA_USE_UNSOLICITED_WRITE_RECV));
+        assert!(!sets(true, sys::FI_OPT_EFA_USE_UNSOLICITED_WRITE_RECV));
+        assert!(sets(true, sys::FI_OPT_EFA_RNR_RETRY));
+    }
+}

@@ -1,0 +1,504 @@
+//! An endpoint with its completion queue, event queue and address vector: what one rail drives.
+
+use std::collections::HashMap;
+use std::ffi::{c_int, c_void};
+use std::fmt;
+use std::mem::{forget, zeroed};
+use std::os::fd::RawFd;
+use std::ptr;
+use std::sync::Arc;
+
+use super::device::Device;
+use super::domain::Domain;
+use super::efa;
+use super::error::FabricError;
+use super::handle::Handle;
+use super::slots::Slots;
+use crate::error::{Error, Result, Status};
+use crate::sys::libfabric as sys;
+
+/// Longest endpoint name in bytes. EFA's has 32, a socket address 28; strings are longer.
+pub(super) const NAME_BYTES_MAX: usize = 256;
+
+/// How an endpoint is opened.
+#[derive(Debug, Clone)]
+pub struct EndpointOptions {
+    /// Entries of the completion queue; 0 leaves it to the provider.
+    pub cq_entries: usize,
+    /// Operations that can be in flight at a time, receives included.
+    pub context_count: u32,
+    /// Entries of the transmit queue; `None` takes the device's.
+    pub tx_size: Option<usize>,
+    /// Whether to ask for a file descriptor to sleep on. A provider without one is polled.
+    pub want_wait_fd: bool,
+    /// Whether efa may use shared memory to peers on this host.
+    pub shared_memory: bool,
+    /// Whether efa may call CUDA; `None` leaves it to the provider.
+    pub cuda_api: Option<bool>,
+}
+
+impl Default for EndpointOptions {
+    fn default() -> Self {
+        Self {
+            cq_entries: 0,
+            context_count: 1024,
+            tx_size: None,
+            want_wait_fd: true,
+            shared_memory: false,
+            cuda_api: None,
+        }
+    }
+}
+
+/// A peer's endpoint, as this endpoint knows it. It stands for nothing at another endpoint, and for nothing after it
+/// was removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct FiAddr {
+    entry: u32,
+    generation: u32,
+}
+
+/// An open endpoint. Whoever has `&mut` drives it; nobody else can.
+pub struct Endpoint {
+    pub(super) ep: Handle<sys::fid_ep>,
+    pub(super) eq: Option<Handle<sys::fid_eq>>,
+    av: Handle<sys::fid_av>,
+    pub(super) cq: Handle<sys::fid_cq>,
+    pub(super) slots: Slots,
+    peers: Peers,
+    wait_fd: Option<RawFd>,
+    tx_size: usize,
+    // Last: what is above is closed before its domain.
+    occupied: Occupied,
+}
+
+/// The domain, claimed for one endpoint.
+struct Occupied(Arc<Domain>);
+
+impl Occupied {
+    fn new(domain: &Arc<Domain>) -> Result<Self> {
+        domain.occupy()?;
+        Ok(Self(Arc::clone(domain)))
+    }
+}
+
+impl Drop for Occupied {
+    fn drop(&mut self) {
+        self.0.vacate();
+    }
+}
+
+impl Endpoint {
+    /// Opens and enables an endpoint of the device, which must be the one that the domain was opened for.
+    pub fn open(domain: &Arc<Domain>, device: &Device, options: &EndpointOptions) -> Result<Self> {
+        Self::open_objects(domain, device, options)
+            .map_err(|error| error.context(format_args!("endpoint of {device:?}")))
+    }
+
+    fn open_objects(domain: &Arc<Domain>, device: &Device, options: &EndpointOptions) -> Result<Self> {
+        if !device.is_same(domain.device()) {
+            return Err(Error::invalid("the domain was opened for another device"));
+        }
+        // A failure below drops what was opened in the opposite order: the endpoint first, the domain last.
+        let occupied = Occupied::new(domain)?;
+        let (cq, wait_fd) = open_cq(domain, options)?;
+        let av = open_av(domain)?;
+        let eq = open_eq(domain)?;
+        let ep = open_ep(domain, device, options)?;
+        // SAFETY: the queues and the address vector stay open until the endpoint is closed; see `drop`.
+        let eq = unsafe {
+            ep.bind(cq.fid(), sys::FI_TRANSMIT | sys::FI_RECV)?;
+            ep.bind(av.fid(), 0)?;
+            // Without an event queue, the efa provider aborts the process on errors that belong to no operation.
+            match ep.bind(eq.fid(), 0) {
+                Ok(()) => Some(eq),
+                Err(error) => {
+                    log::debug!("{device:?}: no event queue on its endpoints: {error}");
+                    None
+                }
+            }
+        };
+        if efa::is_efa(device.provider()) {
+            efa::configure(device, options, |option, value| set_option(&ep, option, value));
+        }
+        // SAFETY: FI_ENABLE takes no argument.
+        unsafe { ep.control("fi_enable", sys::FI_ENABLE, ptr::null_mut())? };
+        Ok(Self {
+            ep,
+            eq,
+            av,
+            cq,
+            slots: Slots::new(options.context_count),
+            peers: Peers::default(),
+            wait_fd,
+            tx_size: options.tx_size.unwrap_or(device.tx_size()),
+            occupied,
+        })
+    }
+
+    /// Domain of the endpoint.
+    pub fn domain(&self) -> &Arc<Domain> {
+        &self.occupied.0
+    }
+
+    /// Entries of the transmit queue.
+    pub fn tx_size(&self) -> usize {
+        self.tx_size
+    }
+
+    /// Operations in flight, receives included.
+    pub fn in_flight(&self) -> u32 {
+        self.slots.in_flight()
+    }
+
+    /// Name by which peers reach the endpoint.
+    pub fn name(&self) -> Result<Vec<u8>> {
+        let mut name = [0u8; NAME_BYTES_MAX];
+        let mut len = name.len();
+        let fid = self.ep.fid();
+        // SAFETY: the endpoint is open; the buffer is as long as said.
+        let status = unsafe {
+            match (*self.ep.as_ptr()).cm.as_ref().and_then(|cm| cm.getname) {
+                Some(getname) => getname(fid, name.as_mut_ptr().cast(), &raw mut len),
+                None => -libc::ENOSYS,
+            }
+        };
+        FabricError::check("fi_getname", status as isize)?;
+        Ok(name[..len.min(NAME_BYTES_MAX)].to_vec())
+    }
+
+    /// Makes a peer's endpoint known. A name that is known already gives the same address once more; it stays until
+    /// it was removed as often as it was inserted.
+    ///
+    /// The name may come from the network: a wrong one is an error here or on the first operation, never worse.
+    pub fn insert_address(&mut self, name: &[u8]) -> Result<FiAddr> {
+        if name.len() >= NAME_BYTES_MAX || name.is_empty() {
+            return Err(Error::invalid(format!("an endpoint name of {} bytes", name.len())));
+        }
+        // Providers read as much as their format has, whatever we were given: always lend them the whole buffer.
+        let mut padded = [0u8; NAME_BYTES_MAX];
+        padded[..name.len()].copy_from_slice(name);
+        if let Some(known) = self.peers.find(&padded) {
+            return Ok(known);
+        }
+        let mut raw = sys::FI_ADDR_NOTAVAIL;
+        let av = self.av.as_ptr();
+        // SAFETY: the address vector is open; no event queue is bound to it, so the call is done when it returns.
+        let count = unsafe {
+            match (*(*av).ops).insert {
+                Some(insert) => insert(av, padded.as_ptr().cast(), 1, &raw mut raw, 0, ptr::null_mut()),
+                None => -libc::ENOSYS,
+            }
+        };
+        FabricError::check("fi_av_insert", count as isize)?;
+        if count != 1 || raw == sys::FI_ADDR_NOTAVAIL {
+            return Err(Error::invalid("fi_av_insert: this is no endpoint name of this network"));
+        }
+        Ok(self.peers.insert(&padded, raw))
+    }
+
+    /// Forgets a peer's endpoint. Refused while operations to it are in flight.
+    pub fn remove_address(&mut self, address: FiAddr) -> Result<()> {
+        let Some(mut raw) = self.peers.remove(address)? else { return Ok(()) };
+        let av = self.av.as_ptr();
+        // SAFETY: as in `insert_address`; nothing in flight uses the address.
+        let status = unsafe {
+            match (*(*av).ops).remove {
+                Some(remove) => remove(av, &raw mut raw, 1, 0),
+                None => -libc::ENOSYS,
+            }
+        };
+        Ok(FabricError::check("fi_av_remove", status as isize)?)
+    }
+
+    /// Asks for an operation in flight to be given up. It completes in any case, with or without success.
+    pub fn cancel(&mut self, context: u32) -> std::result::Result<(), FabricError> {
+        let Some(cell) = self.slots.busy_cell(context) else {
+            return Err(FabricError::refused("fi_cancel", format!("context {context} is not in flight")));
+        };
+        // SAFETY: the endpoint is open; the cell is the context of an operation in flight.
+        let status = unsafe {
+            match (*(*self.ep.as_ptr()).ops).cancel {
+                Some(cancel) => cancel(self.ep.fid(), cell),
+                None => -(libc::ENOSYS as isize),
+            }
+        };
+        FabricError::check("fi_cancel", status)
+    }
+
+    /// File descriptor that becomes readable when there is something to poll, if the provider has one. Block on it
+    /// only after [`Self::try_wait`] has said so.
+    pub fn wait_fd(&self) -> Option<RawFd> {
+        self.wait_fd
+    }
+
+    /// Whether it is safe to block on [`Self::wait_fd`] now: nothing has arrived that the descriptor would not show.
+    pub fn try_wait(&mut self) -> bool {
+        if self.wait_fd.is_none() {
+            return false;
+        }
+        let fabric = self.domain().fabric().handle().as_ptr();
+        let mut fid = self.cq.fid();
+        // SAFETY: fabric and queue are open; one fid is passed.
+        unsafe {
+            match (*(*fabric).ops).trywait {
+                Some(trywait) => trywait(fabric, &raw mut fid, 1) == 0,
+                None => false,
+            }
+        }
+    }
+
+    pub(super) fn fid(&self) -> *mut sys::fid {
+        self.ep.fid()
+    }
+
+    /// libfabric's number of a peer, if it is known.
+    pub(super) fn raw_address(
+        &self,
+        call: &'static str,
+        address: FiAddr,
+    ) -> std::result::Result<u64, FabricError> {
+        match self.peers.get(address) {
+            Some(peer) => Ok(peer.raw),
+            None => Err(FabricError::refused(call, "the peer's address is not known on this endpoint")),
+        }
+    }
+
+    pub(super) fn started(&mut self, address: FiAddr) {
+        self.peers.entries[address.entry as usize].in_flight += 1;
+    }
+
+    pub(super) fn finished(&mut self, entry: u32) {
+        self.peers.entries[entry as usize].in_flight -= 1;
+    }
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        let Err(error) = self.ep.close() else { return };
+        log::error!("{self:?} cannot be closed, its memory is kept for ever: {error}");
+        // The provider may go on using everything that was bound to the endpoint or posted on it.
+        self.ep.abandon();
+        self.av.abandon();
+        self.cq.abandon();
+        if let Some(eq) = &mut self.eq {
+            eq.abandon();
+        }
+        forget(std::mem::replace(&mut self.slots, Slots::new(0)));
+        forget(Arc::clone(self.domain()));
+    }
+}
+
+impl fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "endpoint of {:?}, {} in flight", self.domain().device(), self.in_flight())
+    }
+}
+
+impl FiAddr {
+    pub(super) fn entry(self) -> u32 {
+        self.entry
+    }
+}
+
+type Opened<T> = std::result::Result<Handle<T>, FabricError>;
+
+fn open_ep(domain: &Domain, device: &Device, options: &EndpointOptions) -> Opened<sys::fid_ep> {
+    let (_guard, info) = device.lock_info();
+    let fid = domain.handle().as_ptr();
+    let mut ep = ptr::null_mut();
+    // SAFETY: the domain is open; the entry with its attributes is complete, and ours while the guard is held: so the
+    // size that we write for the call is put back before anybody else reads it.
+    unsafe {
+        let tx = (*info).tx_attr;
+        let size = (*tx).size;
+        (*tx).size = options.tx_size.unwrap_or(size);
+        let status = match (*(*fid).ops).endpoint {
+            Some(open) => open(fid, info, &raw mut ep, ptr::null_mut()),
+            None => -libc::ENOSYS,
+        };
+        (*tx).size = size;
+        Handle::from_open("fi_endpoint", status, ep)
+    }
+}
+
+fn open_cq(
+    domain: &Domain,
+    options: &EndpointOptions,
+) -> std::result::Result<(Handle<sys::fid_cq>, Option<RawFd>), FabricError> {
+    let open = |wait_obj: c_int| {
+        let fid = domain.handle().as_ptr();
+        let mut cq = ptr::null_mut();
+        // SAFETY: integers and raw pointers, for which zero is a value; the domain is open, the attributes live
+        // through the call.
+        unsafe {
+            let mut attr: sys::fi_cq_attr = zeroed();
+            attr.size = options.cq_entries;
+            attr.format = sys::FI_CQ_FORMAT_DATA;
+            attr.wait_obj = wait_obj;
+            let status = match (*(*fid).ops).cq_open {
+                Some(open) => open(fid, &raw mut attr, &raw mut cq, ptr::null_mut()),
+                None => -libc::ENOSYS,
+            };
+            Handle::from_open("fi_cq_open", status, cq)
+        }
+    };
+    if options.want_wait_fd {
+        match open(sys::FI_WAIT_FD) {
+            Ok(cq) => {
+                let mut fd: c_int = -1;
+                // SAFETY: FI_GETWAIT of a queue with FI_WAIT_FD fills an int.
+                let got =
+                    unsafe { cq.control("fi_control(FI_GETWAIT)", sys::FI_GETWAIT, (&raw mut fd).cast()) };
+                if got.is_ok() && fd >= 0 {
+                    return Ok((cq, Some(fd)));
+                }
+            }
+            Err(error) => {
+                log::debug!("{:?}: no file descriptor to sleep on, will poll: {error}", domain.device());
+            }
+        }
+    }
+    Ok((open(sys::FI_WAIT_NONE)?, None))
+}
+
+fn open_av(domain: &Domain) -> Opened<sys::fid_av> {
+    let fid = domain.handle().as_ptr();
+    let mut av = ptr::null_mut();
+    // SAFETY: as in `open_cq`.
+    unsafe {
+        let mut attr: sys::fi_av_attr = zeroed();
+        attr.type_ = sys::FI_AV_UNSPEC;
+        let status = match (*(*fid).ops).av_open {
+            Some(open) => open(fid, &raw mut attr, &raw mut av, ptr::null_mut()),
+            None => -libc::ENOSYS,
+        };
+        Handle::from_open("fi_av_open", status, av)
+    }
+}
+
+fn open_eq(domain: &Domain) -> Opened<sys::fid_eq> {
+    let fabric = domain.fabric().handle().as_ptr();
+    let mut eq = ptr::null_mut();
+    // SAFETY: as in `open_cq`; the fabric is open for as long as the domain.
+    unsafe {
+        let mut attr: sys::fi_eq_attr = zeroed();
+        attr.wait_obj = sys::FI_WAIT_NONE;
+        let status = match (*(*fabric).ops).eq_open {
+            Some(open) => open(fabric, &raw mut attr, &raw mut eq, ptr::null_mut()),
+            None => -libc::ENOSYS,
+        };
+        Handle::from_open("fi_eq_open", status, eq)
+    }
+}
+
+fn set_option(ep: &Handle<sys::fid_ep>, option: c_int, value: &[u8]) -> std::result::Result<(), FabricError> {
+    // SAFETY: the endpoint is open; the value is as long as said. A provider that does not know the option says so.
+    let status = unsafe {
+        match (*(*ep.as_ptr()).ops).setopt {
+            Some(setopt) => {
+                setopt(ep.fid(), sys::FI_OPT_ENDPOINT, option, value.as_ptr().cast::<c_void>(), value.len())
+            }
+            None => -libc::ENOSYS,
+        }
+    };
+    FabricError::check("fi_setopt", status as isize)
+}
+
+/// The peers that an endpoint knows. libfabric trusts the numbers that it is given; this table does not.
+#[derive(Default)]
+struct Peers {
+    entries: Vec<Peer>,
+    free: Vec<u32>,
+    by_name: HashMap<Box<[u8]>, u32>,
+}
+
+#[derive(Default)]
+struct Peer {
+    raw: u64,
+    generation: u32,
+    /// How often it was inserted; 0 if the entry is free.
+    uses: u32,
+    in_flight: u32,
+    name: Box<[u8]>,
+}
+
+impl Peers {
+    fn get(&self, address: FiAddr) -> Option<&Peer> {
+        self.entries
+            .get(address.entry as usize)
+            .filter(|peer| peer.uses > 0 && peer.generation == address.generation)
+    }
+
+    /// Counts one more use of a name that is known. Names are compared without the zeroes that pad them.
+    fn find(&mut self, name: &[u8]) -> Option<FiAddr> {
+        let entry = *self.by_name.get(trimmed(name))?;
+        let peer = &mut self.entries[entry as usize];
+        peer.uses += 1;
+        Some(FiAddr { entry, generation: peer.generation })
+    }
+
+    fn insert(&mut self, name: &[u8], raw: u64) -> FiAddr {
+        let name: Box<[u8]> = trimmed(name).into();
+        let entry = self.free.pop().unwrap_or_else(|| {
+            self.entries.push(Peer::default());
+            (self.entries.len() - 1) as u32
+        });
+        self.by_name.insert(name.clone(), entry);
+        let peer = &mut self.entries[entry as usize];
+        *peer = Peer { raw, uses: 1, in_flight: 0, name, generation: peer.generation };
+        FiAddr { entry, generation: peer.generation }
+    }
+
+    /// Counts one use less; gives libfabric's number when it was the last.
+    fn remove(&mut self, address: FiAddr) -> Result<Option<u64>> {
+        let Some(peer) = self.get(address) else {
+            return Err(Error::invalid("the peer's address is not known on this endpoint"));
+        };
+        if peer.uses == 1 && peer.in_flight > 0 {
+            let count = peer.in_flight;
+            return Err(Error::new(
+                Status::NotAllowed,
+                format!("{count} operations to this peer are in flight"),
+            ));
+        }
+        let peer = &mut self.entries[address.entry as usize];
+        peer.uses -= 1;
+        if peer.uses > 0 {
+            return Ok(None);
+        }
+        peer.generation = peer.generation.wrapping_add(1);
+        self.by_name.remove(&peer.name);
+        self.free.push(address.entry);
+        Ok(Some(peer.raw))
+    }
+}
+
+fn trimmed(name: &[u8]) -> &[u8] {
+    let len = name.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
+    &name[..len]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_outlive_their_name_by_nothing() {
+        let mut peers = Peers::default();
+        let a = peers.insert(b"a", 10);
+        let b = peers.insert(b"b", 11);
+        assert_eq!(peers.find(b"a\0\0"), Some(a));
+        assert_eq!(peers.remove(a).unwrap(), None, "inserted twice");
+        assert_eq!(peers.remove(a).unwrap(), Some(10));
+        assert!(peers.remove(a).is_err());
+        assert!(peers.get(a).is_none());
+        assert_eq!(peers.find(b"a"), None);
+        let c = peers.insert(b"c", 12);
+        assert_eq!(c.entry, a.entry, "entries are used again");
+        assert_ne!(c, a);
+        peers.entries[c.entry as usize].in_flight = 1;
+        assert_eq!(peers.remove(c).unwrap_err().status(), Status::NotAllowed);
+        assert_eq!(peers.get(b).unwrap().raw, 11);
+    }
+}

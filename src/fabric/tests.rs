@@ -1,0 +1,328 @@
+//! Two endpoints in one process over libfabric's tcp provider and 127.0.0.1.
+//!
+//! `NIXL_TEST_LIBFABRIC` names another libfabric than the system's. Without any, the tests say so and pass.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::*;
+
+const WAIT_MAX: Duration = Duration::from_secs(20);
+
+fn library() -> Option<Libfabric> {
+    let path = std::env::var_os("NIXL_TEST_LIBFABRIC");
+    match Libfabric::load(path.as_deref().map(std::path::Path::new)) {
+        Ok(library) => Some(library),
+        Err(error) if path.is_none() => {
+            println!("skipped: {error}");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn device(library: &Libfabric) -> Device {
+    let query = Query { provider: Some("tcp".into()), delivery_complete: true, ..Query::default() };
+    let devices = library.discover(&query).unwrap();
+    devices.into_iter().find(Device::loopback).expect("tcp offers 127.0.0.1 on every host")
+}
+
+struct Side {
+    endpoint: Endpoint,
+    domain: Arc<Domain>,
+    keys: u64,
+}
+
+impl Side {
+    fn open(library: &Libfabric, device: &Device) -> Self {
+        let fabric = Fabric::open(library, device).unwrap();
+        let domain = Domain::open(&fabric, device).unwrap();
+        let options = EndpointOptions { context_count: 8, ..EndpointOptions::default() };
+        let endpoint = Endpoint::open(&domain, device, &options).unwrap();
+        Self { endpoint, domain, keys: 0 }
+    }
+
+    fn buffer(&mut self, len: usize) -> RegisteredBuffer {
+        self.keys += 1;
+        RegisteredBuffer::new(&self.domain, len, self.keys).unwrap()
+    }
+}
+
+/// Two sides that know each other.
+fn pair() -> Option<(Side, Side, FiAddr, FiAddr)> {
+    let library = library()?;
+    let device = device(&library);
+    let (mut a, mut b) = (Side::open(&library, &device), Side::open(&library, &device));
+    let to_b = a.endpoint.insert_address(&b.endpoint.name().unwrap()).unwrap();
+    let to_a = b.endpoint.insert_address(&a.endpoint.name().unwrap()).unwrap();
+    Some((a, b, to_b, to_a))
+}
+
+/// Posts, driving both sides until the post is taken.
+fn post(
+    a: &mut Endpoint,
+    b: &mut Endpoint,
+    seen: &mut [Vec<Completion>; 2],
+    mut post: impl FnMut(&mut Endpoint) -> Result<Posted, FabricError>,
+) {
+    let start = Instant::now();
+    while post(a).unwrap() == Posted::Again {
+        a.poll(&mut seen[0]).unwrap();
+        b.poll(&mut seen[1]).unwrap();
+        assert!(start.elapsed() < WAIT_MAX, "the queue stays full");
+    }
+}
+
+/// Drives both sides until each has seen as many completions as said.
+fn drive(a: &mut Endpoint, b: &mut Endpoint, seen: &mut [Vec<Completion>; 2], want: [usize; 2]) {
+    let start = Instant::now();
+    while seen[0].len() < want[0] || seen[1].len() < want[1] {
+        a.poll(&mut seen[0]).unwrap();
+        b.poll(&mut seen[1]).unwrap();
+        assert!(start.elapsed() < WAIT_MAX, "no completion: {seen:?}");
+    }
+}
+
+#[test]
+fn messages_arrive_whole_and_with_their_immediate() {
+    let Some((mut a, mut b, to_b, _)) = pair() else { return };
+    let (mut out, inbox) = (a.buffer(8192), b.buffer(2 * 8192));
+    let mut seen = [Vec::new(), Vec::new()];
+    for context in 0..2 {
+        let recv = Recv { buffer: &inbox, offset: context as usize * 8192, len: 8192, context };
+        assert_eq!(b.endpoint.recv(&recv).unwrap(), Posted::Yes);
+    }
+    assert!(b.endpoint.recv(&Recv { buffer: &inbox, offset: 0, len: 1, context: 0 }).is_err(), "in flight");
+    out.copy_in(100, b"hello");
+    let send = Send { buffer: &out, offset: 100, len: 5, imm: Some(0xdead_beef), dest: to_b, context: 7 };
+    post(&mut a.endpoint, &mut b.endpoint, &mut seen, |e| e.send(&send));
+    drive(&mut a.endpoint, &mut b.endpoint, &mut seen, [1, 1]);
+    let [sent, received] = seen.each_ref().map(|side| &side[0]);
+    assert_eq!((sent.context, sent.is_tx(), &sent.error), (Some(7), true, &None));
+    assert!(received.is_recv() && received.error.is_none());
+    assert_eq!((received.len, received.imm), (5, Some(0xdead_beef)));
+    let slot = received.context.unwrap();
+    assert_eq!(inbox.copy_out(slot as usize * 8192, 5), b"hello");
+    assert_eq!((a.endpoint.in_flight(), b.endpoint.in_flight()), (0, 1));
+    let again = Recv { buffer: &inbox, offset: 0, len: 8192, context: slot };
+    assert_eq!(b.endpoint.recv(&again).unwrap(), Posted::Yes, "the context is free again");
+}
+
+#[test]
+fn writes_and_reads_move_every_byte() {
+    const LEN: usize = 300_000;
+    let Some((mut a, mut b, to_b, _)) = pair() else { return };
+    let (mut source, target, mut back) = (a.buffer(LEN), b.buffer(LEN), a.buffer(LEN));
+    let data: Vec<u8> = (0..LEN).map(|i| (i * 7 % 251) as u8).collect();
+    source.copy_in(0, &data);
+    let mut seen = [Vec::new(), Vec::new()];
+    let write = Rma {
+        local: source.region(),
+        local_addr: source.addr_of(0),
+        len: LEN,
+        remote_addr: target.region().remote_base(),
+        remote_key: target.region().key(),
+        dest: to_b,
+        imm: Some(0x1234_5678),
+        context: 0,
+        flags: RmaFlags { more: false, delivery_complete: true },
+    };
+    post(&mut a.endpoint, &mut b.endpoint, &mut seen, |e| e.write(&write));
+    drive(&mut a.endpoint, &mut b.endpoint, &mut seen, [1, 1]);
+    assert_eq!((seen[0][0].context, &seen[0][0].error), (Some(0), &None));
+    let arrived = &seen[1][0];
+    assert!(arrived.is_remote_write() && arrived.error.is_none());
+    assert_eq!((arrived.context, arrived.imm), (None, Some(0x1234_5678)));
+    assert!(target.copy_out(0, LEN) == data);
+
+    // Half of it, from the middle: addresses and offsets agree.
+    let read = Rma {
+        local: back.region(),
+        local_addr: back.addr_of(1),
+        len: LEN / 2,
+        remote_addr: write.remote_addr + 1000,
+        imm: None,
+        flags: RmaFlags::default(),
+        ..write
+    };
+    seen = [Vec::new(), Vec::new()];
+    post(&mut a.endpoint, &mut b.endpoint, &mut seen, |e| e.read(&read));
+    drive(&mut a.endpoint, &mut b.endpoint, &mut seen, [1, 0]);
+    assert_eq!(seen[0][0].error, None);
+    assert!(back.copy_out(1, LEN / 2) == data[1000..1000 + LEN / 2]);
+    assert_eq!(back.copy_out(0, 1), [0]);
+    back.copy_in(0, &[1]);
+}
+
+#[test]
+fn what_is_wrong_is_refused_before_libfabric_sees_it() {
+    let Some((mut a, mut b, to_b, _)) = pair() else { return };
+    let (local, foreign) = (a.buffer(100), b.buffer(100));
+    let good = Rma {
+        local: local.region(),
+        local_addr: local.addr_of(0),
+        len: 100,
+        remote_addr: 0,
+        remote_key: 0,
+        dest: to_b,
+        imm: None,
+        context: 0,
+        flags: RmaFlags::default(),
+    };
+    let bad = [
+        ("beyond the end", Rma { local_addr: local.addr_of(1), ..good }),
+        ("before the start", Rma { local_addr: local.addr_of(0) - 1, ..good }),
+        ("wraps around", Rma { local_addr: u64::MAX, len: usize::MAX, ..good }),
+        ("no such context", Rma { context: 8, ..good }),
+        ("another NIC's memory", Rma { local: foreign.region(), local_addr: foreign.addr_of(0), ..good }),
+    ];
+    for (what, rma) in bad {
+        assert_eq!(a.endpoint.write(&rma).unwrap_err().code, libc::EINVAL, "{what}");
+    }
+    assert!(a.endpoint.read(&Rma { imm: Some(1), ..good }).is_err());
+    assert!(a.endpoint.insert_address(&[]).is_err());
+    assert!(a.endpoint.insert_address(&[0xff; 300]).is_err());
+    a.endpoint.remove_address(to_b).unwrap();
+    assert_eq!(a.endpoint.write(&good).unwrap_err().code, libc::EINVAL, "removed");
+    assert_eq!(a.endpoint.in_flight(), 0);
+}
+
+#[test]
+fn a_region_in_flight_is_not_closed() {
+    let Some((mut a, _b, _, _)) = pair() else { return };
+    let buffer = a.buffer(100);
+    let region = buffer.region().clone();
+    assert_eq!(
+        a.endpoint.recv(&Recv { buffer: &buffer, offset: 0, len: 100, context: 3 }).unwrap(),
+        Posted::Yes
+    );
+    drop(buffer);
+    let region = region.close().expect_err("the receive holds it");
+    // The endpoint goes first; then nothing holds the region.
+    drop(a.endpoint);
+    assert!(region.close().is_ok());
+}
+
+#[test]
+fn a_dead_address_gives_an_error_completion() {
+    let Some(library) = library() else { return };
+    let device = device(&library);
+    let mut a = Side::open(&library, &device);
+    let mut gone = Side::open(&library, &device);
+    let name = gone.endpoint.name().unwrap();
+    drop(gone.endpoint);
+    gone.keys = 0;
+    let to_gone = a.endpoint.insert_address(&name).unwrap();
+    let buffer = a.buffer(16);
+    let send = Send { buffer: &buffer, offset: 0, len: 16, imm: None, dest: to_gone, context: 0 };
+    let mut seen = Vec::new();
+    let start = Instant::now();
+    // A provider may fail the post itself, or accept it and complete it with an error.
+    let error = loop {
+        assert!(start.elapsed() < WAIT_MAX, "neither error nor completion");
+        if a.endpoint.in_flight() == 0 {
+            match a.endpoint.send(&send) {
+                Ok(_) => {}
+                Err(error) => break crate::error::Error::from(error),
+            }
+        }
+        a.endpoint.poll(&mut seen).unwrap();
+        if let Some(completion) = seen.pop() {
+            assert_eq!(completion.context, Some(0));
+            break (*completion.error.expect("nobody is there")).into();
+        }
+    };
+    assert_eq!(error.status(), crate::error::Status::RemoteDisconnect, "{error}");
+    assert_eq!(a.endpoint.in_flight(), 0);
+}
+
+#[test]
+fn a_file_descriptor_wakes_the_sleeper() {
+    let Some((mut a, mut b, to_b, _)) = pair() else { return };
+    let Some(fd) = b.endpoint.wait_fd() else {
+        println!("skipped: {:?} has no file descriptor to sleep on", b.domain.device());
+        return;
+    };
+    let (out, inbox) = (a.buffer(64), b.buffer(64));
+    assert_eq!(
+        b.endpoint.recv(&Recv { buffer: &inbox, offset: 0, len: 64, context: 0 }).unwrap(),
+        Posted::Yes
+    );
+    let sender = std::thread::spawn(move || {
+        let send = Send { buffer: &out, offset: 0, len: 64, imm: None, dest: to_b, context: 0 };
+        let mut seen = Vec::new();
+        let start = Instant::now();
+        while a.endpoint.send(&send).unwrap() == Posted::Again {
+            a.endpoint.poll(&mut seen).unwrap();
+            assert!(start.elapsed() < WAIT_MAX);
+        }
+        while seen.is_empty() {
+            a.endpoint.poll(&mut seen).unwrap();
+            assert!(start.elapsed() < WAIT_MAX);
+        }
+        seen[0].error.clone()
+    });
+    let mut seen = Vec::new();
+    let start = Instant::now();
+    let mut slept = 0;
+    while seen.is_empty() {
+        assert!(start.elapsed() < WAIT_MAX);
+        if b.endpoint.try_wait() {
+            let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+            // SAFETY: one pollfd is passed; the descriptor is the endpoint's, which lives.
+            let ready = unsafe { libc::poll(&raw mut poll, 1, WAIT_MAX.as_millis() as i32) };
+            assert!(ready > 0, "nothing woke the sleeper");
+            slept += 1;
+        }
+        b.endpoint.poll(&mut seen).unwrap();
+    }
+    assert!(seen[0].is_recv() && seen[0].error.is_none());
+    assert!(slept > 0);
+    assert_eq!(sender.join().unwrap(), None);
+}
+
+#[test]
+fn discovery_tells_what_a_host_offers() {
+    let Some(library) = library() else { return };
+    for device in library.discover(&Query::default()).unwrap() {
+        println!(
+            "{device:?}: caps {:#x} api {} tx {} rx {} imm {} max {:#x} waw {:#x} delivery {} virt {} prov_key {} \
+             local {} threading {} {:?} source {:02x?} nic {:?}",
+            device.caps(),
+            device.api_version(),
+            device.tx_size(),
+            device.rx_size(),
+            device.cq_data_size(),
+            device.max_msg_size(),
+            device.write_order_bytes_max(),
+            device.delivery_complete(),
+            device.mr_virt_addr(),
+            device.mr_prov_key(),
+            device.mr_local(),
+            device.threading(),
+            device.addr_format(),
+            device.source_address(),
+            device.nic(),
+        );
+        assert!(!device.provider().is_empty() && !device.domain_name().is_empty());
+        assert!(device.tx_size() > 0 && device.max_msg_size() > 0);
+    }
+    let nobody = Query { provider: Some("no-such-provider".into()), ..Query::default() };
+    assert!(library.discover(&nobody).unwrap().is_empty());
+    assert!(device(&library).cq_data_size() >= 4);
+    assert!(device(&library).delivery_complete());
+}
+
+#[test]
+fn failures_to_open_leave_nothing_behind() {
+    let Some(library) = library() else { return };
+    let device = device(&library);
+    let fabric = Fabric::open(&library, &device).unwrap();
+    let domain = Domain::open(&fabric, &device).unwrap();
+    let options = EndpointOptions { tx_size: Some(usize::MAX), ..EndpointOptions::default() };
+    assert!(Endpoint::open(&domain, &device, &options).is_err(), "no queue is that long");
+    let tx_size = device.tx_size();
+    let endpoint = Endpoint::open(&domain, &device, &EndpointOptions::default()).unwrap();
+    assert_eq!(endpoint.tx_size(), tx_size);
+    assert_eq!(Arc::strong_count(&domain), 2, "the failed one let go");
+}
