@@ -1,1 +1,0 @@
-//! Every option: key, environment variable, default, range, help.
