@@ -11,9 +11,14 @@ fn endpoint() -> impl Strategy<Value = EndpointName> {
 }
 
 fn extension() -> impl Strategy<Value = Extension> {
-    any::<(u32, u64, u32, u64)>().prop_map(|(capabilities, incarnation, control_bytes_max, notif_bytes_max)| {
-        Extension { capabilities, incarnation, control_bytes_max, notif_bytes_max }
-    })
+    any::<(u32, u64, u32, u64)>().prop_map(
+        |(capabilities, incarnation, control_bytes_max, notif_bytes_max)| Extension {
+            capabilities,
+            incarnation,
+            control_bytes_max,
+            notif_bytes_max,
+        },
+    )
 }
 
 fn stock_fragments(cursor: &mut StockFragmentCursor) -> Vec<Vec<u8>> {
@@ -248,7 +253,12 @@ fn a_later_version_of_an_extension_means_the_stock_wire() {
 
 #[test]
 fn a_longer_extension_of_our_version_is_read() {
-    let ext = Extension { capabilities: capability::WIRE_V2, incarnation: 5, control_bytes_max: 6, notif_bytes_max: 7 };
+    let ext = Extension {
+        capabilities: capability::WIRE_V2,
+        incarnation: 5,
+        control_bytes_max: 6,
+        notif_bytes_max: 7,
+    };
     let blob = ConnectionInfo { extension: Some(ext), ..info(1) }.encode();
     let mut reader = Reader::new(&blob).unwrap();
     let count = reader.field("num_rails").unwrap();
