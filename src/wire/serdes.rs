@@ -1,4 +1,4 @@
-//! NIXL's "SerDes" blobs: a magic, then fields of `tag`, u64 length, bytes, `|`, read in the order written.
+//! NIXL's `SerDes` blobs: a magic, then fields of `tag`, u64 length, bytes, `|`, read in the order written.
 
 use crate::error::{Error, Result, Status};
 
