@@ -1,1 +1,288 @@
-//! A rail: endpoint, queues and completion dispatch under one owner.
+//! A rail: one libfabric endpoint with its queues, and everything that is in flight on it.
+//!
+//! Whoever holds the rail's lock owns the endpoint: nobody else may post to it or look at its queues (the
+//! plugin asks libfabric for `FI_THREAD_COMPLETION`, under which providers take no locks of their own).
+//! Others leave work in the inbox and try the lock; the owner empties the inbox before it leaves.
+//!
+//! A rail knows runs of slices, messages and destinations. It knows neither transfers nor agents.
+#![forbid(unsafe_code)]
+
+mod core;
+mod destination;
+mod message;
+mod receive;
+mod run;
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::time::Duration;
+
+use crossbeam_queue::SegQueue;
+
+use self::core::Core;
+pub use self::destination::Destination;
+pub use self::message::{Message, MessageSource};
+pub use self::run::{Run, RunOwner, Slice};
+use crate::error::{Error, Result};
+use crate::fabric::{Device, Domain, MemoryRegion};
+use crate::types::RailId;
+
+/// Largest control message, header included: the stock plugin's receive buffers are this long.
+pub const MESSAGE_BYTES_MAX: usize = 8192;
+
+/// What a rail reports upward. Called while the rail is held: it must not drive any rail.
+pub trait RailEvents: Send + Sync {
+    /// A control message arrived.
+    fn on_message(&self, immediate: Option<u32>, body: &[u8]);
+    /// A peer's write with immediate data has landed.
+    fn on_immediate(&self, immediate: u32);
+    /// Whether more control messages should be received.
+    fn has_room(&self) -> bool;
+}
+
+/// Sizes and deadlines of a rail.
+#[derive(Debug, Clone)]
+pub struct RailLimits {
+    /// Receive buffers of [`MESSAGE_BYTES_MAX`] kept posted; 0 on rails where no control message arrives.
+    pub receive_buffers: u32,
+    /// Control messages in flight.
+    pub send_buffers: u32,
+    /// RMA operations in flight; 0 takes the transmit size of the device.
+    pub operations_max: u32,
+    /// Slices of one run posted before others have their turn.
+    pub batch_slices: u32,
+    /// Entries of the completion queue; 0 chooses.
+    pub cq_entries: u32,
+    /// Work for a destination that accepts nothing at all for this long fails.
+    pub stall_timeout: Duration,
+    /// Whether to ask the provider for a wait object.
+    pub want_wait_fd: bool,
+}
+
+/// What a rail has done since it was opened.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Bytes written by completed operations.
+    pub write_bytes: AtomicU64,
+    /// Completed write operations.
+    pub writes: AtomicU64,
+    /// Bytes read by completed operations.
+    pub read_bytes: AtomicU64,
+    /// Completed read operations.
+    pub reads: AtomicU64,
+    /// Control messages sent.
+    pub messages_sent: AtomicU64,
+    /// Control messages received.
+    pub messages_received: AtomicU64,
+    /// Writes of peers that were announced by immediate data.
+    pub immediates: AtomicU64,
+    /// Posts that the provider put off.
+    pub again: AtomicU64,
+    /// Operations that completed in error.
+    pub errors: AtomicU64,
+}
+
+impl Counters {
+    fn add(counter: &AtomicU64, amount: u64) {
+        counter.fetch_add(amount, Ordering::Relaxed);
+    }
+}
+
+impl fmt::Display for Counters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        write!(
+            f,
+            "{} writes of {} bytes, {} reads of {} bytes, {} messages out, {} in, {} immediates, {} put off, {} errors",
+            get(&self.writes),
+            get(&self.write_bytes),
+            get(&self.reads),
+            get(&self.read_bytes),
+            get(&self.messages_sent),
+            get(&self.messages_received),
+            get(&self.immediates),
+            get(&self.again),
+            get(&self.errors),
+        )
+    }
+}
+
+enum Command {
+    Run(Run),
+    Message(Message),
+}
+
+/// One network device in use.
+pub struct Rail {
+    id: RailId,
+    device: Device,
+    domain: Arc<Domain>,
+    endpoint_name: Vec<u8>,
+    wait_fd: Option<i32>,
+    inbox: SegQueue<Command>,
+    /// Runs and messages accepted and not finished.
+    unfinished: AtomicUsize,
+    /// Something waits to be posted, as the last owner left it.
+    backlog: AtomicBool,
+    counters: Arc<Counters>,
+    /// `None` once the rail is closed.
+    core: Mutex<Option<Core>>,
+}
+
+impl fmt::Debug for Rail {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rail").field("id", &self.id).field("device", &self.device.domain_name()).finish()
+    }
+}
+
+impl Rail {
+    /// Opens an endpoint on `domain` and posts its receives.
+    pub fn open(id: RailId, domain: &Arc<Domain>, device: &Device, limits: &RailLimits) -> Result<Self> {
+        let counters = Arc::new(Counters::default());
+        let mut core = Core::open(id, domain, device, limits, Arc::clone(&counters))
+            .map_err(|e| e.context(format_args!("rail {id} on {}", device.domain_name())))?;
+        Ok(Self {
+            id,
+            device: device.clone(),
+            domain: Arc::clone(domain),
+            endpoint_name: core.endpoint_name()?,
+            wait_fd: core.wait_fd(),
+            inbox: SegQueue::new(),
+            unfinished: AtomicUsize::new(0),
+            backlog: AtomicBool::new(false),
+            counters,
+            core: Mutex::new(Some(core)),
+        })
+    }
+
+    /// This rail's index in its engine.
+    pub fn id(&self) -> RailId {
+        self.id
+    }
+
+    /// The device under it.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The domain in which memory is registered for this rail.
+    pub fn domain(&self) -> &Arc<Domain> {
+        &self.domain
+    }
+
+    /// The endpoint's address as peers need it.
+    pub fn endpoint_name(&self) -> &[u8] {
+        &self.endpoint_name
+    }
+
+    /// What it has done.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// A descriptor that turns readable when there is something to poll for; valid while the rail lives.
+    pub fn wait_fd(&self) -> Option<i32> {
+        self.wait_fd
+    }
+
+    /// Whether nothing is queued or in flight here (receives do not count).
+    pub fn is_idle(&self) -> bool {
+        self.unfinished.load(Ordering::Acquire) == 0
+    }
+
+    /// Leaves a run for the rail's owner. Its owner is told when the run is finished.
+    pub fn submit(&self, run: Run) {
+        self.unfinished.fetch_add(1, Ordering::AcqRel);
+        self.inbox.push(Command::Run(run));
+    }
+
+    /// Leaves a control message for the rail's owner.
+    pub fn send(&self, message: Message) {
+        self.unfinished.fetch_add(1, Ordering::AcqRel);
+        self.inbox.push(Command::Message(message));
+    }
+
+    /// Drives the rail if nobody else does: takes in new work, handles completions, posts.
+    ///
+    /// Returns how many events it handled. Work left in the inbox while another thread held the rail is
+    /// taken in by that thread before it leaves.
+    pub fn drive(&self, events: &dyn RailEvents) -> usize {
+        let mut handled = 0;
+        loop {
+            match self.core.try_lock() {
+                Ok(mut core) => {
+                    let Some(core) = core.as_mut() else { return handled };
+                    handled += core.drive(&self.inbox, &self.unfinished, events);
+                    self.backlog.store(core.has_backlog(), Ordering::Release);
+                }
+                // A panic under the lock is reported once, at the boundary; the rail stays still from then on.
+                Err(TryLockError::WouldBlock | TryLockError::Poisoned(_)) => return handled,
+            }
+            // Pairs with the fence of a thread that pushed and then failed to take the lock: one of the two
+            // sees the other's write.
+            fence(Ordering::SeqCst);
+            if self.inbox.is_empty() {
+                return handled;
+            }
+        }
+    }
+
+    /// Takes in work that was just submitted, unless the rail's owner will.
+    pub fn kick(&self, events: &dyn RailEvents) {
+        fence(Ordering::SeqCst);
+        self.drive(events);
+    }
+
+    /// Whether work waits that nothing but driving the rail again will post.
+    pub fn has_backlog(&self) -> bool {
+        self.backlog.load(Ordering::Acquire) || !self.inbox.is_empty()
+    }
+
+    /// Whether work was left that no owner has taken in.
+    pub fn has_mail(&self) -> bool {
+        !self.inbox.is_empty()
+    }
+
+    /// Whether a thread may block on [`Rail::wait_fd`] now: nothing is left to poll for.
+    pub fn try_wait(&self) -> bool {
+        match self.core.try_lock() {
+            Ok(mut core) => core.as_mut().is_none_or(|core| self.inbox.is_empty() && core.try_wait()),
+            Err(_) => false,
+        }
+    }
+
+    /// Makes a region of this rail's domain usable at its endpoint.
+    pub fn bind(&self, region: &MemoryRegion) -> Result<()> {
+        if !self.device.mr_endpoint() {
+            return Ok(());
+        }
+        self.lock().as_ref().map_or_else(|| Err(self.closed()), |core| core.bind(region))
+    }
+
+    /// Closes the endpoint. What is in flight ends with an error; what comes later is refused.
+    pub fn close(&self) {
+        let core = self.lock().take();
+        let error = self.closed();
+        if let Some(mut core) = core {
+            core.end_all(&error, &mut 0);
+        }
+        while let Some(command) = self.inbox.pop() {
+            match command {
+                Command::Run(run) => {
+                    run.owner.on_error(error.clone());
+                    run.owner.on_finished();
+                }
+                Command::Message(message) => message.source.on_finished(Err(error.clone())),
+            }
+        }
+    }
+
+    fn closed(&self) -> Error {
+        Error::backend(format!("rail {} is closed", self.id))
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Core>> {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,1 +1,11 @@
-//! Plans and requests.
+//! Plans and requests: what becomes of a transfer between prepXfer and its last completion.
+#![forbid(unsafe_code)]
+
+mod local;
+pub mod plan;
+mod rates;
+mod request;
+
+pub use local::{LocalCopies, LocalPiece, LocalTransfer};
+pub use rates::Rates;
+pub use request::Transfer;

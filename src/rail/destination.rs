@@ -1,0 +1,117 @@
+//! Addresses of remote endpoints on one rail.
+//!
+//! An address stays in the address vector after its last use: the efa provider keeps message numbers by
+//! address-vector entry, so that removing and inserting the address of a living peer breaks its sequence
+//! (ai-dynamo/nixl#817). Only when there are too many does the one that rested longest go.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::error::Result;
+use crate::fabric::{Endpoint, FiAddr};
+
+/// Addresses kept on a rail; beyond that the longest unused is removed.
+const ADDRESSES_MAX: usize = 32_768;
+
+/// A remote endpoint, by its raw libfabric name.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Destination(pub Arc<[u8]>);
+
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub name: Destination,
+    pub addr: FiAddr,
+    /// RMA operations in flight to it.
+    pub operations: u32,
+    /// Control messages in flight to it.
+    pub messages: u32,
+    /// Runs and queued messages that refer to it.
+    pub users: u32,
+    /// When it last accepted or completed something.
+    pub last_progress: Instant,
+    last_used: u64,
+}
+
+/// Key of a destination on its rail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct DestinationKey(u32);
+
+#[derive(Debug, Default)]
+pub(super) struct Destinations {
+    by_name: HashMap<Destination, DestinationKey>,
+    entries: Vec<Option<Entry>>,
+    vacant: Vec<u32>,
+    clock: u64,
+}
+
+impl Destinations {
+    /// The entry of `name`, inserted into the address vector at first use; counts one more user.
+    pub fn acquire(&mut self, name: &Destination, endpoint: &mut Endpoint) -> Result<DestinationKey> {
+        self.clock += 1;
+        let key = if let Some(&key) = self.by_name.get(name) {
+            key
+        } else {
+            self.make_room(endpoint);
+            self.insert(name, endpoint.insert_address(&name.0)?)
+        };
+        let clock = self.clock;
+        let entry = self.get(key);
+        if entry.users == 0 {
+            entry.last_progress = Instant::now();
+        }
+        entry.users += 1;
+        entry.last_used = clock;
+        Ok(key)
+    }
+
+    pub fn release(&mut self, key: DestinationKey) {
+        self.get(key).users -= 1;
+    }
+
+    pub fn get(&mut self, key: DestinationKey) -> &mut Entry {
+        self.entries[key.0 as usize].as_mut().expect("a key is used only between acquire and release")
+    }
+
+    fn insert(&mut self, name: &Destination, addr: FiAddr) -> DestinationKey {
+        let entry = Entry {
+            name: name.clone(),
+            addr,
+            operations: 0,
+            messages: 0,
+            users: 0,
+            last_progress: Instant::now(),
+            last_used: self.clock,
+        };
+        let index = self.vacant.pop().unwrap_or_else(|| {
+            self.entries.push(None);
+            (self.entries.len() - 1) as u32
+        });
+        self.entries[index as usize] = Some(entry);
+        let key = DestinationKey(index);
+        self.by_name.insert(name.clone(), key);
+        key
+    }
+
+    fn make_room(&mut self, endpoint: &mut Endpoint) {
+        if self.by_name.len() < ADDRESSES_MAX {
+            return;
+        }
+        let oldest = self
+            .entries
+            .iter()
+            .enumerate()
+            .filter_map(|(i, e)| e.as_ref().map(|e| (i, e)))
+            .filter(|(_, e)| e.users == 0)
+            .min_by_key(|(_, e)| e.last_used)
+            .map(|(i, _)| i);
+        let Some(entry) = oldest.and_then(|i| self.entries[i].take().inspect(|_| self.vacant.push(i as u32)))
+        else {
+            return;
+        };
+        self.by_name.remove(&entry.name);
+        if let Err(e) = endpoint.remove_address(entry.addr) {
+            log::warn!("an unused address could not be removed from the address vector: {e}");
+        }
+    }
+}

@@ -1,0 +1,304 @@
+//! Control messages: cut into fragments, sent from a bounded set of registered buffers.
+//!
+//! Messages to one destination go out in the order in which they were given; fragments of two messages may
+//! be in flight together. A destination that accepts nothing keeps only its own messages waiting.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use slab::Slab;
+
+use super::destination::{DestinationKey, Destinations};
+use super::{Destination, MESSAGE_BYTES_MAX};
+use crate::error::{Error, Result};
+use crate::fabric::{Domain, Endpoint, Posted, RegisteredBuffer, Send as SendArgs};
+
+/// The content of a control message. Called while the rail is held: it must not drive any rail.
+pub trait MessageSource: Send {
+    /// Appends the next fragment, at most [`MESSAGE_BYTES_MAX`] bytes, to the empty `fragment` and returns its
+    /// immediate data; `None` when the message is complete.
+    fn next_fragment(&mut self, fragment: &mut Vec<u8>) -> Option<u32>;
+    /// Every fragment has left, or one could not. Called once.
+    fn on_finished(self: Box<Self>, result: Result<()>);
+}
+
+/// A control message for one destination.
+pub struct Message {
+    /// Where to.
+    pub destination: Destination,
+    /// What.
+    pub source: Box<dyn MessageSource>,
+}
+
+struct Active {
+    source: Box<dyn MessageSource>,
+    destination: DestinationKey,
+    /// Fragments in flight.
+    outstanding: u32,
+    /// No fragment is left to be cut.
+    exhausted: bool,
+    error: Option<Error>,
+    /// A fragment that lies in its buffer and was put off by the provider.
+    staged: Option<Staged>,
+}
+
+#[derive(Clone, Copy)]
+struct Staged {
+    buffer: u32,
+    len: usize,
+    immediate: u32,
+}
+
+enum Turn {
+    /// The destination or the buffers are exhausted for now.
+    Blocked,
+    /// Nothing is left to send to the destination.
+    Empty,
+}
+
+pub(super) struct Messages {
+    buffer: RegisteredBuffer,
+    context_base: u32,
+    free: Vec<u32>,
+    /// Message of each buffer in flight.
+    in_flight: Vec<Option<usize>>,
+    active: Slab<Active>,
+    queues: HashMap<DestinationKey, VecDeque<usize>>,
+    turns: VecDeque<DestinationKey>,
+    scratch: Vec<u8>,
+}
+
+impl Messages {
+    pub fn new(domain: &Arc<Domain>, count: u32, context_base: u32, key: u64) -> Result<Self> {
+        Ok(Self {
+            buffer: RegisteredBuffer::new(domain, count as usize * MESSAGE_BYTES_MAX, key)?,
+            context_base,
+            free: (0..count).rev().collect(),
+            in_flight: vec![None; count as usize],
+            active: Slab::new(),
+            queues: HashMap::new(),
+            turns: VecDeque::new(),
+            scratch: Vec::with_capacity(MESSAGE_BYTES_MAX),
+        })
+    }
+
+    pub fn registered(&self) -> &RegisteredBuffer {
+        &self.buffer
+    }
+
+    pub fn owns(&self, context: u32) -> bool {
+        (self.context_base..self.context_base + self.in_flight.len() as u32).contains(&context)
+    }
+
+    /// Whether something waits to be posted.
+    pub fn has_unsent(&self) -> bool {
+        !self.turns.is_empty()
+    }
+
+    pub fn push(&mut self, destination: DestinationKey, source: Box<dyn MessageSource>) {
+        let key = self.active.insert(Active {
+            source,
+            destination,
+            outstanding: 0,
+            exhausted: false,
+            error: None,
+            staged: None,
+        });
+        let queue = self.queues.entry(destination).or_default();
+        if queue.is_empty() {
+            self.turns.push_back(destination);
+        }
+        queue.push_back(key);
+    }
+
+    /// Posts as much as buffers and provider take. Returns the fragments posted and messages finished.
+    pub fn post(
+        &mut self,
+        endpoint: &mut Endpoint,
+        destinations: &mut Destinations,
+        now: Instant,
+        stall_timeout: Duration,
+    ) -> (usize, usize) {
+        let (mut posted, mut finished) = (0, 0);
+        for _ in 0..self.turns.len() {
+            let Some(destination) = self.turns.pop_front() else { break };
+            match self.post_to(destination, endpoint, destinations, &mut posted, &mut finished) {
+                Turn::Empty => {
+                    self.queues.remove(&destination);
+                }
+                Turn::Blocked => {
+                    self.turns.push_back(destination);
+                    let entry = destinations.get(destination);
+                    let resting = entry.messages == 0 && entry.operations == 0;
+                    if resting && now.duration_since(entry.last_progress) > stall_timeout {
+                        finished += self.fail_front(destination, destinations, stall_timeout);
+                    }
+                }
+            }
+        }
+        (posted, finished)
+    }
+
+    fn post_to(
+        &mut self,
+        destination: DestinationKey,
+        endpoint: &mut Endpoint,
+        destinations: &mut Destinations,
+        posted: &mut usize,
+        finished: &mut usize,
+    ) -> Turn {
+        while let Some(&key) = self.queues.get(&destination).and_then(VecDeque::front) {
+            let fragment = match self.stage(key, destinations) {
+                Ok(Some(fragment)) => fragment,
+                Ok(None) => {
+                    self.queues.get_mut(&destination).expect("it was just read").pop_front();
+                    *finished += self.settle(key, destinations);
+                    continue;
+                }
+                Err(Full) => return Turn::Blocked,
+            };
+            let entry = destinations.get(destination);
+            let outcome = endpoint.send(&SendArgs {
+                buffer: &self.buffer,
+                offset: fragment.buffer as usize * MESSAGE_BYTES_MAX,
+                len: fragment.len,
+                imm: Some(fragment.immediate),
+                dest: entry.addr,
+                context: self.context_base + fragment.buffer,
+            });
+            let message = &mut self.active[key];
+            match outcome {
+                Ok(Posted::Yes) => {
+                    message.staged = None;
+                    message.outstanding += 1;
+                    entry.messages += 1;
+                    self.in_flight[fragment.buffer as usize] = Some(key);
+                    *posted += 1;
+                }
+                Ok(Posted::Again) => return Turn::Blocked,
+                Err(e) => {
+                    message.staged = None;
+                    message.exhausted = true;
+                    message.error = Some(e.into());
+                    self.free.push(fragment.buffer);
+                }
+            }
+        }
+        Turn::Empty
+    }
+
+    /// The next fragment of a message, in a buffer.
+    fn stage(
+        &mut self,
+        key: usize,
+        destinations: &mut Destinations,
+    ) -> std::result::Result<Option<Staged>, Full> {
+        let message = &mut self.active[key];
+        if message.staged.is_some() || message.exhausted {
+            return Ok(message.staged);
+        }
+        // A destination may hold as many buffers as are left for all others, so that some always are.
+        let held = destinations.get(message.destination).messages as usize;
+        if held >= self.free.len() {
+            return Err(Full);
+        }
+        self.scratch.clear();
+        let Some(immediate) = message.source.next_fragment(&mut self.scratch) else {
+            message.exhausted = true;
+            return Ok(None);
+        };
+        debug_assert!(self.scratch.len() <= MESSAGE_BYTES_MAX);
+        let Some(buffer) = self.free.pop() else { return Err(Full) };
+        self.buffer.copy_in(buffer as usize * MESSAGE_BYTES_MAX, &self.scratch);
+        message.staged = Some(Staged { buffer, len: self.scratch.len(), immediate });
+        Ok(message.staged)
+    }
+
+    /// A fragment's completion. Returns how many messages it finished (0 or 1).
+    pub fn complete(
+        &mut self,
+        context: u32,
+        error: Option<Error>,
+        destinations: &mut Destinations,
+        now: Instant,
+    ) -> usize {
+        let buffer = context - self.context_base;
+        let Some(key) = self.in_flight[buffer as usize].take() else {
+            log::warn!("a send completed twice; the second completion was ignored");
+            return 0;
+        };
+        self.free.push(buffer);
+        let message = &mut self.active[key];
+        let entry = destinations.get(message.destination);
+        entry.messages -= 1;
+        message.outstanding -= 1;
+        if let Some(error) = error {
+            message.error.get_or_insert(error);
+            if let Some(staged) = message.staged.take() {
+                self.free.push(staged.buffer);
+            }
+            message.exhausted = true;
+        } else {
+            entry.last_progress = now;
+        }
+        if self.is_queued(key) { 0 } else { self.settle(key, destinations) }
+    }
+
+    fn is_queued(&self, key: usize) -> bool {
+        self.queues
+            .get(&self.active[key].destination)
+            .and_then(VecDeque::front)
+            .is_some_and(|&front| front == key)
+    }
+
+    /// Ends a message of which nothing is left to send, once nothing of it is in flight.
+    fn settle(&mut self, key: usize, destinations: &mut Destinations) -> usize {
+        let message = &self.active[key];
+        if !message.exhausted || message.outstanding > 0 {
+            return 0;
+        }
+        let message = self.active.remove(key);
+        destinations.release(message.destination);
+        message.source.on_finished(message.error.map_or(Ok(()), Err));
+        1
+    }
+
+    /// Ends every message; nothing more will be heard of what is in flight.
+    pub fn fail_all(&mut self, error: &Error) -> usize {
+        self.turns.clear();
+        self.queues.clear();
+        self.in_flight.fill(None);
+        let count = self.active.len();
+        for message in self.active.drain() {
+            message.source.on_finished(Err(error.clone()));
+        }
+        count
+    }
+
+    fn fail_front(
+        &mut self,
+        destination: DestinationKey,
+        destinations: &mut Destinations,
+        waited: Duration,
+    ) -> usize {
+        let Some(key) = self.queues.get_mut(&destination).and_then(VecDeque::pop_front) else { return 0 };
+        let message = &mut self.active[key];
+        if let Some(staged) = message.staged.take() {
+            self.free.push(staged.buffer);
+        }
+        message.exhausted = true;
+        message.error = Some(stalled(waited));
+        self.settle(key, destinations)
+    }
+}
+
+struct Full;
+
+/// Error of work whose destination accepted nothing for `waited`.
+pub(super) fn stalled(waited: Duration) -> Error {
+    Error::disconnected(format!(
+        "the peer accepted nothing for {} ms (connect_timeout_ms); is it alive, and can its address be reached?",
+        waited.as_millis()
+    ))
+}
