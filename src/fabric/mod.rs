@@ -20,6 +20,7 @@ mod endpoint;
 mod error;
 mod handle;
 mod library;
+mod local;
 mod memory;
 mod post;
 mod slots;
@@ -32,6 +33,7 @@ pub use domain::{Domain, Fabric};
 pub use endpoint::{Endpoint, EndpointOptions, FiAddr};
 pub use error::{FabricError, is_disconnect};
 pub use library::{Libfabric, Version};
+pub use local::copy_between;
 pub use memory::{Dmabuf, Hmem, MemoryRegion, RegisteredBuffer};
 pub use post::{Posted, Recv, Rma, RmaFlags, Send};
 
@@ -64,8 +66,20 @@ impl MemoryRange {
         self.len
     }
 
+    /// Whether `len` bytes from `addr` lie inside.
+    pub fn contains(&self, addr: u64, len: u64) -> bool {
+        addr >= self.addr && addr - self.addr <= self.len && len <= self.len - (addr - self.addr)
+    }
+
     /// Whether the range holds no byte.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
+}
+
+/// A key for a registration, for providers that let the user choose. Never given twice, so the same range can be
+/// registered any number of times.
+pub fn next_key() -> u64 {
+    static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
+    NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
 }

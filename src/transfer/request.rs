@@ -1,0 +1,254 @@
+//! A transfer request: prepared once, posted any number of times.
+//!
+//! What prepXfer allocates, postXfer reuses. A post counts its parts (one run for each rail and destination,
+//! and the notification) and is over when the count is back at zero. Rails hold the request for as long as
+//! anything of it is in flight, so a host that releases it early only lets go of its own share.
+
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::plan::PlannedRun;
+use crate::error::{Error, Result, Status};
+use crate::fabric::MemoryRegion;
+use crate::memory::Registration;
+use crate::peer::Peer;
+use crate::rail::{Rail, Run, RunOwner, Slice};
+use crate::types::Op;
+
+const IDLE: u8 = 0;
+const IN_FLIGHT: u8 = 1;
+const DONE: u8 = 2;
+const FAILED: u8 = 3;
+
+/// A prepared transfer with one remote peer.
+pub struct Transfer {
+    op: Op,
+    peer: Arc<Peer>,
+    bytes: u64,
+    slices: Arc<[Slice]>,
+    runs: Vec<PlannedRun>,
+    /// Local registrations in use; a run's regions stand in the same order.
+    registrations: Vec<Arc<Registration>>,
+    /// Regions of each run.
+    regions: Vec<Arc<[MemoryRegion]>>,
+    state: AtomicU8,
+    /// Parts of this post that are not over.
+    parts: AtomicU32,
+    stopped: AtomicBool,
+    post: Mutex<Post>,
+}
+
+/// What belongs to one post of the request.
+#[derive(Debug, Default)]
+struct Post {
+    /// Sent when the data is here (READ).
+    notification: Option<Vec<u8>>,
+    /// Number under which the peer counts the writes (WRITE with notification).
+    announced: Option<u64>,
+    error: Option<Error>,
+    failed_at: Option<Instant>,
+    posted_at: Option<Instant>,
+    took: Option<Duration>,
+}
+
+impl Transfer {
+    /// A request that was never posted. `regions` has one table for each of `runs`.
+    pub fn new(
+        op: Op,
+        peer: Arc<Peer>,
+        bytes: u64,
+        slices: Vec<Slice>,
+        runs: Vec<PlannedRun>,
+        registrations: Vec<Arc<Registration>>,
+        regions: Vec<Arc<[MemoryRegion]>>,
+    ) -> Self {
+        debug_assert_eq!(runs.len(), regions.len());
+        Self {
+            op,
+            peer,
+            bytes,
+            slices: slices.into(),
+            runs,
+            registrations,
+            regions,
+            state: AtomicU8::new(IDLE),
+            parts: AtomicU32::new(0),
+            stopped: AtomicBool::new(false),
+            post: Mutex::default(),
+        }
+    }
+
+    /// Direction.
+    pub fn op(&self) -> Op {
+        self.op
+    }
+
+    /// The peer.
+    pub fn peer(&self) -> &Arc<Peer> {
+        &self.peer
+    }
+
+    /// Bytes moved by one post.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// RMA operations of one post: for a WRITE, as many as the peer counts.
+    pub fn slice_count(&self) -> u32 {
+        self.slices.len() as u32
+    }
+
+    /// The rails that it uses, each once or more.
+    pub fn runs(&self) -> &[PlannedRun] {
+        &self.runs
+    }
+
+    /// How long the last successful post took.
+    pub fn took(&self) -> Option<Duration> {
+        self.lock().took
+    }
+
+    /// Begins a post: from here on it is in flight, whatever becomes of it.
+    pub fn begin(&self, notification: Option<Vec<u8>>) -> Result<()> {
+        if self.state.load(Ordering::Acquire) == IN_FLIGHT {
+            return Err(Error::new(
+                Status::RepostActive,
+                "the transfer is still in flight; post it again when checkXfer has said that it is done",
+            ));
+        }
+        if let Some(gone) = self.registrations.iter().find(|r| r.is_retired()) {
+            return Err(Error::not_found(format!("a local region of the transfer was deregistered: {gone}")));
+        }
+        *self.lock() = Post { notification, posted_at: Some(Instant::now()), ..Post::default() };
+        self.stopped.store(false, Ordering::Relaxed);
+        for registration in &self.registrations {
+            registration.begin_use();
+        }
+        // The poster's own part: the post cannot be over before all of it was handed out.
+        self.parts.store(1, Ordering::Relaxed);
+        self.state.store(IN_FLIGHT, Ordering::Release);
+        Ok(())
+    }
+
+    /// Counts one more part.
+    pub fn add_part(&self) {
+        self.parts.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Hands the runs to their rails. `announced` is the transfer's number and immediate data at the peer.
+    pub fn launch(self: &Arc<Self>, rails: &[Arc<Rail>], announced: Option<(u64, u32)>) {
+        self.lock().announced = announced.map(|(id, _)| id);
+        self.parts.fetch_add(self.runs.len() as u32, Ordering::Relaxed);
+        for (run, regions) in self.runs.iter().zip(&self.regions) {
+            rails[run.rail.index()].submit(Run {
+                op: self.op,
+                destination: self.peer.destination(run.endpoint),
+                immediate: announced.map(|(_, immediate)| immediate),
+                slices: Arc::clone(&self.slices),
+                range: run.range.clone(),
+                regions: Arc::clone(regions),
+                owner: Arc::clone(self) as Arc<dyn RunOwner>,
+            });
+        }
+    }
+
+    /// Records the first error; what is not posted yet stays so.
+    pub fn fail(&self, error: Error) {
+        self.stopped.store(true, Ordering::Relaxed);
+        let mut post = self.lock();
+        if post.error.is_none() {
+            post.error = Some(error);
+            post.failed_at = Some(Instant::now());
+        }
+    }
+
+    /// One part is over. The last one ends the post, or sends the notification of a READ as a further part.
+    pub fn part_finished(self: &Arc<Self>) {
+        if self.parts.fetch_sub(1, Ordering::AcqRel) > 1 {
+            return;
+        }
+        let mut post = self.lock();
+        if post.error.is_none() {
+            if let Some(message) = post.notification.take() {
+                drop(post);
+                self.parts.store(1, Ordering::Relaxed);
+                self.peer.notify_after(self, message);
+                return;
+            }
+            post.took = post.posted_at.map(|at| at.elapsed());
+            if let Some(took) = post.took {
+                self.peer.rates().record(self.bytes, took);
+            }
+        }
+        let failed = post.error.is_some();
+        let announced = post.announced;
+        drop(post);
+        if let (true, Some(id)) = (failed, announced) {
+            self.peer.report_failed_transfer(id);
+        }
+        for registration in &self.registrations {
+            registration.end_use();
+        }
+        self.state.store(if failed { FAILED } else { DONE }, Ordering::Release);
+    }
+
+    /// What checkXfer answers. A failed post is reported when nothing of it is in flight any more, or when
+    /// `drain_timeout` has passed since it failed.
+    pub fn status(&self, drain_timeout: Duration, transfer_timeout: Option<Duration>) -> Result<Status> {
+        match self.state.load(Ordering::Acquire) {
+            DONE => Ok(Status::Success),
+            IDLE => Err(Error::new(Status::NotPosted, "the transfer was never posted")),
+            FAILED => Err(self.error()),
+            _ => {
+                if self.stopped.load(Ordering::Relaxed) {
+                    let failed_at = self.lock().failed_at;
+                    if failed_at.is_some_and(|at| at.elapsed() > drain_timeout) {
+                        return Err(self.error());
+                    }
+                } else if let Some(limit) = transfer_timeout {
+                    let posted_at = self.lock().posted_at;
+                    if posted_at.is_some_and(|at| at.elapsed() > limit) {
+                        self.fail(Error::backend(format!(
+                            "the transfer with {} was not done after {} ms (transfer_timeout_ms)",
+                            self.peer.name(),
+                            limit.as_millis()
+                        )));
+                    }
+                }
+                Ok(Status::InProgress)
+            }
+        }
+    }
+
+    /// The host lets go of the request. In flight, it lives on in the rails until its last completion.
+    pub fn release(&self) {
+        self.stopped.store(true, Ordering::Relaxed);
+        if self.state.load(Ordering::Acquire) == IN_FLIGHT {
+            self.fail(Error::new(Status::Canceled, "the transfer was released in flight"));
+        }
+    }
+
+    fn error(&self) -> Error {
+        self.lock().error.clone().unwrap_or_else(|| Error::backend("the transfer failed"))
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Post> {
+        // Every update of the post is a plain store: a panic elsewhere leaves nothing half done.
+        self.post.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl RunOwner for Transfer {
+    fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Relaxed)
+    }
+
+    fn on_error(&self, error: Error) {
+        self.fail(error.context(format_args!("transfer with {}", self.peer.name())));
+    }
+
+    fn on_finished(self: Arc<Self>) {
+        self.part_finished();
+    }
+}
