@@ -1,1 +1,519 @@
-//! Peers, their states and the handshake.
+//! Peers: how they are reached, what was agreed with them, and what waits until it is.
+#![forbid(unsafe_code)]
+
+mod link;
+mod outgoing;
+mod table;
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use self::link::Link;
+use self::outgoing::Outgoing;
+pub use self::table::PeerTable;
+use crate::error::{Error, Result};
+use crate::notify::{Limits, Receiver, StockIds, WindowIds};
+use crate::rail::{Destination, Message, Rail};
+use crate::transfer::{Rates, Transfer};
+use crate::types::AgentName;
+use crate::wire::{
+    Body, ConnectionInfo, Extension, FragmentCursor, Handshake, Immediate, StockFragmentCursor, Subject,
+};
+
+/// Control messages waiting for one peer; beyond it new ones are refused.
+const MESSAGES_PENDING_MAX: u64 = 65_536;
+/// A hello without an answer is said again after this long.
+const HELLO_AGAIN: Duration = Duration::from_millis(1000);
+
+/// What all peers of an engine share.
+pub struct Local {
+    /// Our name.
+    pub name: AgentName,
+    /// Our connection info.
+    pub conn_info: Vec<u8>,
+    /// Our rails; the first carries control messages.
+    pub rails: Vec<Arc<Rail>>,
+    /// Sessions given out; only grows, also over restarts.
+    pub sessions: AtomicU64,
+    /// Deadline for a peer that does not answer.
+    pub connect_timeout: Duration,
+    /// Largest notification that we send or take, in bytes.
+    pub notif_bytes_max: u64,
+    /// Bytes of notifications waiting for one peer.
+    pub pending_bytes_max: u64,
+    /// How fast transfers have been.
+    pub rates: Rates,
+}
+
+impl Local {
+    fn session(&self) -> u64 {
+        self.sessions.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn receive_limits(&self) -> Limits {
+        Limits { notif_bytes_max: self.notif_bytes_max, pending_bytes_max: self.pending_bytes_max }
+    }
+}
+
+/// A remote agent, from one loading of its connection info to its removal.
+pub struct Peer {
+    name: AgentName,
+    index: u16,
+    local: Arc<Local>,
+    info: ConnectionInfo,
+    endpoints: Vec<Destination>,
+    loaded: AtomicBool,
+    state: Mutex<State>,
+    receiver: Mutex<Receiver>,
+    /// Control messages and their bytes that have not left yet.
+    pending_messages: AtomicU64,
+    pending_bytes: AtomicU64,
+}
+
+struct State {
+    link: Link,
+    /// Transfers with notification and notifications that wait for the handshake or for the window.
+    waiting: VecDeque<Waiting>,
+    hello_at: Option<Instant>,
+    waiting_since: Option<Instant>,
+    stock_ids: StockIds,
+    window_ids: WindowIds,
+    messages: u64,
+    /// Why the peer cannot be used any more.
+    gone: Option<Error>,
+    /// The last control message that could not be sent.
+    suspect: Option<Error>,
+}
+
+enum Waiting {
+    Transfer(Arc<Transfer>, Vec<u8>),
+    Notification(Vec<u8>),
+    After(Arc<Transfer>, Vec<u8>),
+}
+
+impl Peer {
+    fn new(name: AgentName, index: u16, info: ConnectionInfo, loaded: bool, local: &Arc<Local>) -> Self {
+        let endpoints = info.endpoints.iter().map(|e| Destination(e.as_bytes().into())).collect();
+        Self {
+            receiver: Mutex::new(Receiver::new(name.clone(), local.receive_limits())),
+            name,
+            index,
+            endpoints,
+            info,
+            loaded: AtomicBool::new(loaded),
+            state: Mutex::new(State {
+                link: Link::new(local.session()),
+                waiting: VecDeque::new(),
+                hello_at: None,
+                waiting_since: None,
+                stock_ids: StockIds::starting_at(0),
+                window_ids: WindowIds::new(),
+                messages: 0,
+                gone: None,
+                suspect: None,
+            }),
+            pending_messages: AtomicU64::new(0),
+            pending_bytes: AtomicU64::new(0),
+            local: Arc::clone(local),
+        }
+    }
+
+    /// Its agent name.
+    pub fn name(&self) -> &AgentName {
+        &self.name
+    }
+
+    /// Its endpoints, one for each of its rails.
+    pub fn endpoint_count(&self) -> usize {
+        self.endpoints.len()
+    }
+
+    /// One of its endpoints.
+    pub fn destination(&self, endpoint: u16) -> Destination {
+        self.endpoints[endpoint as usize].clone()
+    }
+
+    /// Whether it speaks our wire.
+    fn extension(&self) -> Option<&Extension> {
+        self.info.extension.as_ref().filter(|e| e.speaks_v2())
+    }
+
+    /// How fast transfers have been.
+    pub fn rates(&self) -> &Rates {
+        &self.local.rates
+    }
+
+    /// Fails if the peer was removed.
+    pub fn check(&self) -> Result<()> {
+        self.lock().gone.clone().map_or(Ok(()), Err)
+    }
+
+    /// Says hello, unless that was done and nothing has failed since.
+    pub fn connect(self: &Arc<Self>) -> Result<()> {
+        let mut state = self.lock();
+        if let Some(gone) = &state.gone {
+            return Err(gone.clone());
+        }
+        if state.hello_at.is_none() || state.suspect.is_some() {
+            self.say_hello(&mut state)?;
+        }
+        Ok(())
+    }
+
+    /// Starts a posted transfer, and ends the poster's part of it unless it fails. Its runs go to their rails at once, or, where the peer must count its writes,
+    /// as soon as the peer has told under which number.
+    pub fn start(self: &Arc<Self>, transfer: &Arc<Transfer>, counted: Option<Vec<u8>>) -> Result<()> {
+        let Some(message) = counted else {
+            self.check()?;
+            transfer.launch(&self.local.rails, None);
+            transfer.part_finished();
+            return Ok(());
+        };
+        self.check_message(&message)?;
+        self.accept(Waiting::Transfer(Arc::clone(transfer), message))
+    }
+
+    /// Queues a notification that stands alone.
+    pub fn notify(self: &Arc<Self>, message: Vec<u8>) -> Result<()> {
+        self.check_message(&message)?;
+        let suspect = self.lock().suspect.clone();
+        if let Some(error) = suspect {
+            // Say so at once, and try whether the peer is back: the next call will know.
+            self.connect()?;
+            return Err(error);
+        }
+        self.accept(Waiting::Notification(message))
+    }
+
+    /// Sends the notification of a READ; it is the transfer's last part.
+    pub fn notify_after(self: &Arc<Self>, transfer: &Arc<Transfer>, message: Vec<u8>) {
+        let outcome = self
+            .check_message(&message)
+            .and_then(|()| self.accept(Waiting::After(Arc::clone(transfer), message)));
+        if let Err(e) = outcome {
+            transfer.fail(e);
+            transfer.part_finished();
+        }
+    }
+
+    /// Tells the peer not to wait for the rest of a transfer. A stock peer cannot be told.
+    pub fn report_failed_transfer(self: &Arc<Self>, transfer_id: u64) {
+        let mut state = self.lock();
+        if self.extension().is_some() {
+            self.post_control(&state, Body::TransferFailed { transfer_id, final_count: 0 });
+        } else {
+            state.stock_ids.retire(transfer_id as u16);
+        }
+    }
+
+    fn check_message(&self, message: &[u8]) -> Result<()> {
+        let limit = self.extension().map_or(u64::MAX, |e| e.notif_bytes_max).min(self.local.notif_bytes_max);
+        if message.len() as u64 > limit {
+            return Err(Error::invalid(format!(
+                "a notification of {} bytes for {} is longer than {limit} (notif_bytes_max)",
+                message.len(),
+                self.name
+            )));
+        }
+        let bytes = self.pending_bytes.load(Ordering::Relaxed) + message.len() as u64;
+        let messages = self.pending_messages.load(Ordering::Relaxed);
+        if bytes > self.local.pending_bytes_max.max(limit) || messages >= MESSAGES_PENDING_MAX {
+            return Err(Error::disconnected(format!(
+                "{} does not take its notifications: {messages} with {bytes} bytes wait for it (pending_bytes_max)",
+                self.name
+            )));
+        }
+        Ok(())
+    }
+
+    fn accept(self: &Arc<Self>, waiting: Waiting) -> Result<()> {
+        let mut state = self.lock();
+        if let Some(gone) = &state.gone {
+            return Err(gone.clone());
+        }
+        if state.hello_at.is_none() {
+            self.say_hello(&mut state)?;
+        }
+        if state.waiting.is_empty() {
+            state.waiting_since = Some(Instant::now());
+        }
+        state.waiting.push_back(waiting);
+        self.flush(state);
+        Ok(())
+    }
+
+    /// Sends what waits, as far as the handshake and the window allow.
+    fn flush(self: &Arc<Self>, mut state: MutexGuard<'_, State>) {
+        let ended = self.flush_locked(&mut state);
+        drop(state);
+        end_parts(ended);
+    }
+
+    /// Returns the transfers of which a part is over: to be told so when the lock is free, because the last part
+    /// may come back to the peer.
+    fn flush_locked(self: &Arc<Self>, state: &mut State) -> Vec<Arc<Transfer>> {
+        let mut ended = Vec::new();
+        let Some(theirs) = state.link.theirs() else { return ended };
+        while let Some(next) = state.waiting.pop_front() {
+            let outcome = match next {
+                Waiting::Notification(message) => self.send_message(state, message, None, theirs.index),
+                Waiting::After(transfer, message) => {
+                    let outcome = self.send_message(state, message, Some(&transfer), theirs.index);
+                    if let Err(e) = &outcome {
+                        transfer.fail(e.clone());
+                        ended.push(transfer);
+                    }
+                    outcome
+                }
+                Waiting::Transfer(transfer, message) => match self.transfer_id(state) {
+                    Some(id) => {
+                        let outcome = self.send_transfer(state, &transfer, id, message, theirs.index);
+                        if let Err(e) = &outcome {
+                            transfer.fail(e.clone());
+                        }
+                        ended.push(transfer);
+                        outcome
+                    }
+                    None => {
+                        state.waiting.push_front(Waiting::Transfer(transfer, message));
+                        return ended;
+                    }
+                },
+            };
+            if let Err(e) = outcome {
+                log::warn!("nothing could be sent to {}: {e}", self.name);
+            }
+        }
+        state.waiting_since = None;
+        ended
+    }
+
+    /// A number for a transfer; `None` while the peer's window is full.
+    fn transfer_id(&self, state: &mut State) -> Option<u64> {
+        match self.extension() {
+            Some(_) => state.window_ids.allocate(),
+            None => state.stock_ids.allocate().map(u64::from),
+        }
+    }
+
+    /// Hands out a WRITE and its notification. The poster's part is ended by the caller.
+    fn send_transfer(
+        self: &Arc<Self>,
+        state: &mut State,
+        transfer: &Arc<Transfer>,
+        id: u64,
+        message: Vec<u8>,
+        index: u16,
+    ) -> Result<()> {
+        let expected_writes = transfer.slice_count();
+        let (fragments, write_immediate) = if let Some(extension) = self.extension() {
+            let cursor = FragmentCursor::new(
+                state.link.session(),
+                Subject::Transfer { id, expected_writes },
+                message,
+                extension.control_bytes_max,
+            )?;
+            let immediate = Immediate::Transfer { peer: index, id_low: WindowIds::low(id) };
+            (Outgoing::fragments(self, cursor, index), immediate)
+        } else {
+            let cursor =
+                StockFragmentCursor::new(id as u16, expected_writes, self.local.name.as_bytes(), &message)?;
+            let immediate = Immediate::StockTransfer { index: index as u8, id: id as u16 };
+            (Outgoing::stock_fragments(self, cursor, index as u8, id as u16), immediate)
+        };
+        transfer.add_part();
+        self.hand_over(fragments.part_of(transfer));
+        transfer.launch(&self.local.rails, Some((id, write_immediate.encode())));
+        Ok(())
+    }
+
+    fn send_message(
+        self: &Arc<Self>,
+        state: &mut State,
+        message: Vec<u8>,
+        transfer: Option<&Arc<Transfer>>,
+        index: u16,
+    ) -> Result<()> {
+        let outgoing = if let Some(extension) = self.extension() {
+            state.messages += 1;
+            let subject = Subject::Message(state.messages);
+            let cursor =
+                FragmentCursor::new(state.link.session(), subject, message, extension.control_bytes_max)?;
+            Outgoing::fragments(self, cursor, index)
+        } else {
+            // A number of its own keeps the fragments of two messages apart at a stock receiver.
+            let id = state.stock_ids.allocate().unwrap_or(0);
+            let cursor = StockFragmentCursor::new(id, 0, self.local.name.as_bytes(), &message)?;
+            Outgoing::stock_fragments(self, cursor, index as u8, id)
+        };
+        self.hand_over(match transfer {
+            Some(transfer) => outgoing.part_of(transfer),
+            None => outgoing,
+        });
+        Ok(())
+    }
+
+    fn say_hello(self: &Arc<Self>, state: &mut State) -> Result<()> {
+        let message = Handshake {
+            index: self.index,
+            name: self.local.name.as_bytes().to_vec(),
+            conn: state.link.theirs().is_none().then(|| self.local.conn_info.clone()),
+            extension: Some(state.link.extension()),
+        }
+        .encode()?;
+        state.hello_at = Some(Instant::now());
+        state.suspect = None;
+        let immediate = Immediate::StockHandshake { index: 0 };
+        self.hand_over(Outgoing::single(self, message, immediate));
+        Ok(())
+    }
+
+    fn post_control(self: &Arc<Self>, state: &State, body: Body<'_>) {
+        let Some(theirs) = state.link.theirs() else { return };
+        let mut message = Vec::new();
+        crate::wire::ControlMessage { session: state.link.session(), body }.encode_into(&mut message);
+        self.hand_over(Outgoing::single(self, message, Immediate::Control { peer: theirs.index }));
+    }
+
+    fn hand_over(self: &Arc<Self>, outgoing: Outgoing) {
+        self.local.rails[0].send(Message { destination: self.destination(0), source: Box::new(outgoing) });
+    }
+
+    /// Takes in a handshake of the peer.
+    pub fn on_hello(self: &Arc<Self>, hello: &Handshake) {
+        let mut state = self.lock();
+        let local = &self.local;
+        let reaction = state.link.on_hello(hello, || local.session());
+        if reaction.receive_anew {
+            *self.lock_receiver() = Receiver::new(self.name.clone(), local.receive_limits());
+        }
+        if reaction.send_anew {
+            state.window_ids = WindowIds::new();
+            state.messages = 0;
+        }
+        if reaction.answer {
+            if let Err(e) = self.say_hello(&mut state) {
+                log::error!("the handshake with {} cannot be answered: {e}", self.name);
+            }
+        }
+        state.suspect = None;
+        self.flush(state);
+    }
+
+    /// Acknowledges transfers of ours.
+    pub fn on_ack(self: &Arc<Self>, session: u64, completed_below: u64) -> Result<()> {
+        let mut state = self.lock();
+        if state.link.theirs().is_none_or(|t| t.session != session) {
+            return Ok(());
+        }
+        state.window_ids.acknowledge(completed_below)?;
+        self.flush(state);
+        Ok(())
+    }
+
+    /// Whether a message of this session is of the connection as it is now.
+    pub fn is_current(&self, session: u64) -> bool {
+        self.lock().link.theirs().is_some_and(|t| t.session == session)
+    }
+
+    /// Gives what arrived from the peer to its receiver; returns the notification that it completes.
+    pub fn receive<T>(self: &Arc<Self>, take: impl FnOnce(&mut Receiver) -> T) -> T {
+        let (taken, ack) = {
+            let mut receiver = self.lock_receiver();
+            let taken = take(&mut receiver);
+            (taken, receiver.take_ack())
+        };
+        if let Some(completed_below) = ack {
+            self.post_control(&self.lock(), Body::Ack { completed_below });
+        }
+        taken
+    }
+
+    /// A control message could not be sent.
+    fn on_send_error(&self, error: &Error) {
+        let mut state = self.lock();
+        if state.suspect.is_none() && state.gone.is_none() {
+            log::warn!("{} cannot be reached: {error}", self.name);
+            state.suspect = Some(error.clone().context(format_args!("peer {}", self.name)));
+        }
+        if state.link.theirs().is_none() {
+            let error = error.clone().context(format_args!("peer {} cannot be reached", self.name));
+            let ended = fail_waiting(&mut state, &error);
+            drop(state);
+            end_parts(ended);
+        }
+    }
+
+    /// Looks at the peer's deadlines. Returns whether anything waits for it.
+    pub fn tick(self: &Arc<Self>, now: Instant) -> bool {
+        let mut state = self.lock();
+        let Some(since) = state.waiting_since else { return false };
+        if now.duration_since(since) > self.local.connect_timeout {
+            let error = Error::disconnected(format!(
+                "{} did not answer within {} ms (connect_timeout_ms): is it alive, does its progress thread run or \
+                 its application call NIXL, and do packets reach it? {NETWORK_HELP}",
+                self.name,
+                self.local.connect_timeout.as_millis()
+            ));
+            state.suspect = Some(error.clone());
+            let ended = fail_waiting(&mut state, &error);
+            drop(state);
+            end_parts(ended);
+            return false;
+        }
+        let said = state.hello_at.is_some_and(|at| now.duration_since(at) > HELLO_AGAIN);
+        if said && state.link.theirs().is_none() && self.pending_messages.load(Ordering::Relaxed) == 0 {
+            if let Err(e) = self.say_hello(&mut state) {
+                log::warn!("no hello to {}: {e}", self.name);
+            }
+        }
+        true
+    }
+
+    /// The peer is removed: nothing more is sent, and what waits fails.
+    fn close(&self, why: &Error) {
+        let mut state = self.lock();
+        state.gone = Some(why.clone());
+        let ended = fail_waiting(&mut state, why);
+        drop(state);
+        end_parts(ended);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_receiver(&self) -> MutexGuard<'_, Receiver> {
+        self.receiver.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What an operator looks at when packets vanish without an error.
+pub const NETWORK_HELP: &str = "On EFA compare hw_counters/tx_pkts here with rx_pkts there: if the first rises \
+     and the second stays, the security group lacks a self-referencing egress rule, or the address is in a secondary VPC CIDR.";
+
+fn end_parts(ended: Vec<Arc<Transfer>>) {
+    for transfer in ended {
+        transfer.part_finished();
+    }
+}
+
+/// Fails what waits. Returns the transfers whose waiting part is over.
+fn fail_waiting(state: &mut State, error: &Error) -> Vec<Arc<Transfer>> {
+    state.waiting_since = None;
+    let mut ended = Vec::new();
+    for waiting in std::mem::take(&mut state.waiting) {
+        match waiting {
+            Waiting::Transfer(transfer, _) | Waiting::After(transfer, _) => {
+                transfer.fail(error.clone());
+                ended.push(transfer);
+            }
+            Waiting::Notification(message) => {
+                log::warn!("a notification of {} bytes was not sent: {error}", message.len());
+            }
+        }
+    }
+    ended
+}

@@ -93,6 +93,11 @@ impl Extension {
     const VERSION: u16 = 1;
     const FIXED_BYTES: usize = 28;
 
+    /// What an agent of this version says.
+    pub fn ours(incarnation: u64, control_bytes_max: u32, notif_bytes_max: u64) -> Self {
+        Self { capabilities: capability::WIRE_V2, incarnation, control_bytes_max, notif_bytes_max }
+    }
+
     /// Whether the agent reads the version 2 wire.
     pub fn speaks_v2(&self) -> bool {
         self.capabilities & capability::WIRE_V2 != 0

@@ -1,0 +1,184 @@
+//! The handshake with one peer, as a pure state machine.
+//!
+//! Each side numbers its connection to the other with a session, a number that only grows; what it counts for
+//! the other (transfers, messages) starts anew with each. A hello that the other side has not seen is always answered, also on a
+//! link that works: the other may have removed and added us again. A stock peer has no sessions; it wants an
+//! answer when its hello carries connection info.
+
+use crate::wire::{Handshake, HandshakeExtension};
+
+/// What the peer told us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Theirs {
+    /// Its session; 0 for a stock peer.
+    pub session: u64,
+    /// Our index in its table: what our immediates carry.
+    pub index: u16,
+}
+
+/// One side of a handshake.
+#[derive(Debug)]
+pub struct Link {
+    session: u64,
+    theirs: Option<Theirs>,
+}
+
+/// What a hello asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Reaction {
+    /// Send a handshake.
+    pub answer: bool,
+    /// The peer's numbers start anew: forget what was received of the earlier session.
+    pub receive_anew: bool,
+    /// Our numbers start anew.
+    pub send_anew: bool,
+}
+
+impl Link {
+    /// A link that has heard nothing. `session` is not 0 and was never used with this peer.
+    pub fn new(session: u64) -> Self {
+        Self { session, theirs: None }
+    }
+
+    /// Our session.
+    pub fn session(&self) -> u64 {
+        self.session
+    }
+
+    /// What the peer told us, once it has.
+    pub fn theirs(&self) -> Option<Theirs> {
+        self.theirs
+    }
+
+    /// What to say about sessions in a handshake of ours.
+    pub fn extension(&self) -> HandshakeExtension {
+        let peer_session = self.theirs.map_or(0, |t| t.session);
+        HandshakeExtension { session: self.session, peer_session, answer_wanted: self.theirs.is_none() }
+    }
+
+    /// Takes in the peer's handshake.
+    pub fn on_hello(&mut self, hello: &Handshake, fresh_session: impl FnOnce() -> u64) -> Reaction {
+        let Some(extension) = hello.extension else {
+            let receive_anew = self.theirs.is_some_and(|t| t.index != hello.index);
+            self.theirs = Some(Theirs { session: 0, index: hello.index });
+            return Reaction { answer: hello.conn.is_some(), receive_anew, send_anew: false };
+        };
+        // Sessions of one agent only grow, so an older one is a hello that was overtaken.
+        let known = self.theirs.is_some_and(|t| extension.session <= t.session);
+        let stale = extension.peer_session != 0 && extension.peer_session != self.session;
+        if known || stale {
+            return Reaction { answer: extension.answer_wanted, ..Reaction::default() };
+        }
+        let was_ready = self.theirs.is_some();
+        let send_anew = was_ready && extension.peer_session == 0;
+        if send_anew {
+            self.session = fresh_session();
+        }
+        self.theirs = Some(Theirs { session: extension.session, index: hello.index });
+        Reaction {
+            answer: extension.answer_wanted || extension.peer_session == 0,
+            receive_anew: was_ready,
+            send_anew,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Two agents' links and the handshakes in flight between them.
+    struct Pair {
+        links: [Link; 2],
+        /// Index that each gives to the other; a new one after each removal.
+        indices: [u16; 2],
+        in_flight: [VecDeque<Handshake>; 2],
+        sessions: u64,
+    }
+
+    impl Pair {
+        fn new() -> Self {
+            let mut pair = Self {
+                links: [Link::new(1), Link::new(2)],
+                indices: [1, 1],
+                in_flight: [VecDeque::new(), VecDeque::new()],
+                sessions: 2,
+            };
+            pair.say(0);
+            pair.say(1);
+            pair
+        }
+
+        fn say(&mut self, who: usize) {
+            self.in_flight[1 - who].push_back(Handshake {
+                index: self.indices[who],
+                name: b"x".to_vec(),
+                conn: None,
+                extension: Some(self.links[who].extension()),
+            });
+        }
+
+        fn remove_and_add(&mut self, who: usize) {
+            self.sessions += 1;
+            self.indices[who] += 1;
+            self.links[who] = Link::new(self.sessions);
+            self.say(who);
+        }
+
+        fn deliver(&mut self, to: usize, which: usize, again: bool) {
+            let queue = &mut self.in_flight[to];
+            if queue.is_empty() {
+                return;
+            }
+            let at = which % queue.len();
+            let hello = if again { queue[at].clone() } else { queue.remove(at).unwrap() };
+            let sessions = &mut self.sessions;
+            let reaction = self.links[to].on_hello(&hello, || {
+                *sessions += 1;
+                *sessions
+            });
+            if reaction.answer {
+                self.say(to);
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn both_sides_agree_in_the_end(steps in prop::collection::vec((0usize..2, 0usize..8, 0u8..10), 0..60)) {
+            let mut pair = Pair::new();
+            for (who, which, what) in steps {
+                match what {
+                    0 => pair.remove_and_add(who),
+                    1 => pair.deliver(who, which, true),
+                    _ => pair.deliver(who, which, false),
+                }
+            }
+            let mut rounds = 0;
+            while !pair.in_flight.iter().all(VecDeque::is_empty) {
+                pair.deliver(rounds % 2, rounds, false);
+                rounds += 1;
+                prop_assert!(rounds < 1000, "the handshake does not come to rest");
+            }
+            for who in 0..2 {
+                let theirs = pair.links[who].theirs().expect("every hello was delivered");
+                prop_assert_eq!(theirs.session, pair.links[1 - who].session());
+                prop_assert_eq!(theirs.index, pair.indices[1 - who]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_stock_hello_is_answered_when_it_brings_its_address() {
+        let mut link = Link::new(1);
+        let mut hello = Handshake { index: 7, name: b"s".to_vec(), conn: None, extension: None };
+        assert_eq!(link.on_hello(&hello, || 2), Reaction::default());
+        assert_eq!(link.theirs(), Some(Theirs { session: 0, index: 7 }));
+        hello.conn = Some(vec![1]);
+        assert!(link.on_hello(&hello, || 2).answer);
+    }
+}
