@@ -1,13 +1,26 @@
 //! One method for each NIXL call. Owns everything below and the order of teardown.
 #![forbid(unsafe_code)]
 
+mod discover;
+mod open;
+mod shared;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
+pub use self::discover::available_mems;
+use self::shared::Shared;
 use crate::error::{Error, Result, Status};
-use crate::fabric::MemoryRange;
-use crate::types::{AgentName, Desc, MemKind, Op};
+use crate::fabric::{Hmem, MemoryRange};
+use crate::memory::{Registration, RemoteRegion};
+pub use crate::notify::Notification;
+use crate::progress::ProgressThreads;
+use crate::transfer::plan::{self, Cutting, Lane, Piece};
+use crate::transfer::{LocalPiece, LocalTransfer, Transfer};
+use crate::types::{AgentName, Desc, MemKind, Op, RailId};
+use crate::wire::{ConnectionInfo, PublicMetadata};
 
 /// What NIXL passes when it creates a backend.
 #[derive(Debug, Clone)]
@@ -26,9 +39,9 @@ pub struct InitParams {
 #[derive(Debug)]
 pub enum Metadata {
     /// A region registered here.
-    Local,
+    Local(Arc<Registration>),
     /// A region of a peer.
-    Remote,
+    Remote(RemoteRegion),
 }
 
 /// One element of a transfer: a range and the region it lies in.
@@ -40,64 +53,133 @@ pub struct XferDesc<'a> {
     pub metadata: &'a Arc<Metadata>,
 }
 
-/// A notification's sender and message.
-pub type Notification = (AgentName, Vec<u8>);
-
 /// A transfer request: prepared once, posted any number of times.
-#[derive(Debug)]
-pub struct Request;
+pub enum Request {
+    /// With a remote agent.
+    Remote(Arc<Transfer>),
+    /// Within this agent.
+    Local(Arc<LocalTransfer>),
+}
 
 /// The backend engine of one agent.
-#[derive(Debug)]
-pub struct Engine;
+pub struct Engine {
+    shared: Arc<Shared>,
+    progress: Option<ProgressThreads>,
+    /// Counts transfers and registrations, so that equal ones take turns on the rails.
+    turn: AtomicU64,
+}
 
-#[allow(clippy::unused_self, clippy::needless_pass_by_value, missing_docs)]
 impl Engine {
+    /// Opens the rails and starts the progress threads.
     pub fn create(init: InitParams) -> Result<Self> {
-        let _ = init;
-        Err(todo())
+        let (shared, progress) = open::open(init)?;
+        Ok(Self { shared, progress, turn: AtomicU64::new(0) })
     }
 
     /// Memory kinds that can be registered, at least one.
     pub fn supported_mems(&self) -> Vec<MemKind> {
-        vec![MemKind::Dram]
+        self.shared.placement.mems()
     }
 
     /// Registers a range; zero length is refused.
     pub fn register_mem(&self, range: MemoryRange, dev_id: u64, kind: MemKind) -> Result<Arc<Metadata>> {
-        let _ = (range, dev_id, kind);
-        Err(todo())
+        if range.is_empty() {
+            return Err(Error::invalid(format!(
+                "a range of 0 bytes at {:#x} cannot be registered",
+                range.addr()
+            )));
+        }
+        if range.addr().checked_add(range.len()).is_none() {
+            return Err(Error::invalid(format!(
+                "the range {:#x}+{} wraps around",
+                range.addr(),
+                range.len()
+            )));
+        }
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let (rails, hmem) = match kind {
+            MemKind::Dram => (self.shared.placement.rails_for_host(range, turn), Hmem::System),
+            MemKind::Vram => {
+                return Err(Error::not_supported(format!(
+                    "VRAM {:#x}+{} (device {dev_id}) cannot be registered: the provider {} cannot move accelerator memory",
+                    range.addr(),
+                    range.len(),
+                    self.rails()[0].device().provider()
+                )));
+            }
+            other => return Err(Error::not_supported(format!("{other} memory is not for this backend"))),
+        };
+        let registration = Registration::new(self.rails(), rails, range, kind, dev_id, hmem, None)?;
+        log::debug!("registered {registration} on {} rails", registration.rails().len());
+        Ok(Arc::new(Metadata::Local(Arc::new(registration))))
     }
 
-    pub fn deregister_mem(&self, metadata: Arc<Metadata>) -> Result<()> {
-        let _ = metadata;
-        Err(todo())
+    /// Ends a registration. Waits for transfers in flight that use it, `drain_timeout_ms` at most.
+    pub fn deregister_mem(&self, metadata: &Arc<Metadata>) -> Result<()> {
+        let registration = local(metadata)?;
+        registration.retire();
+        let deadline = Instant::now() + self.shared.config.drain_timeout;
+        while registration.uses() > 0 {
+            if Instant::now() > deadline {
+                return Err(Error::new(
+                    Status::NotAllowed,
+                    format!(
+                        "{registration} is still used by {} transfers in flight after {} ms (drain_timeout_ms); do \
+                         not free the memory before they are over",
+                        registration.uses(),
+                        self.shared.config.drain_timeout.as_millis()
+                    ),
+                ));
+            }
+            if self.shared.drive_all() == 0 {
+                std::thread::sleep(Duration::from_micros(20));
+            }
+        }
+        Ok(())
     }
 
+    /// Begins the handshake with a peer. It does not wait: transfers and notifications do, without blocking.
     pub fn connect(&self, agent: &AgentName) -> Result<()> {
-        let _ = agent;
-        Err(todo())
+        if self.is_self(agent) {
+            return Ok(());
+        }
+        self.peer(agent)?.connect()?;
+        self.shared.kick(RailId(0));
+        Ok(())
     }
 
+    /// Removes a peer. What waits for it fails; what is in flight ends by itself.
     pub fn disconnect(&self, agent: &AgentName) -> Result<()> {
-        let _ = agent;
-        Err(todo())
+        if self.is_self(agent) || self.shared.peers.remove(agent).is_some() {
+            return Ok(());
+        }
+        Err(Error::not_found(format!("there is no peer {agent} to disconnect")))
     }
 
+    /// What a peer needs to reach a registered region.
     pub fn public_data(&self, metadata: &Metadata) -> Result<Vec<u8>> {
-        let _ = metadata;
-        Err(todo())
+        Ok(local(metadata)?.public_metadata().encode())
     }
 
+    /// What a peer needs to reach this agent.
     pub fn conn_info(&self) -> Result<Vec<u8>> {
-        Err(todo())
+        Ok(self.shared.local.conn_info.clone())
     }
 
+    /// Takes in a peer's connection info and says hello.
     pub fn load_remote_conn_info(&self, agent: &AgentName, info: &[u8]) -> Result<()> {
-        let _ = (agent, info);
-        Err(todo())
+        if self.is_self(agent) {
+            return Ok(());
+        }
+        let info = ConnectionInfo::decode(info)
+            .map_err(|e| e.context(format_args!("connection info of {agent}")))?;
+        let peer = self.shared.peers.load(agent, info, true, &self.shared.local)?;
+        peer.connect()?;
+        self.shared.kick(RailId(0));
+        Ok(())
     }
 
+    /// Takes in what a peer said of one of its regions.
     pub fn load_remote_md(
         &self,
         desc: Desc,
@@ -105,75 +187,329 @@ impl Engine {
         public_data: &[u8],
         agent: &AgentName,
     ) -> Result<Arc<Metadata>> {
-        let _ = (desc, kind, public_data, agent);
-        Err(todo())
+        let peer = self.peer(agent)?;
+        let metadata = PublicMetadata::decode(public_data, peer.endpoint_count())
+            .map_err(|e| e.context(format_args!("metadata of a region of {agent}")))?;
+        Ok(Arc::new(Metadata::Remote(RemoteRegion::new(desc, kind, peer, metadata))))
     }
 
     /// Metadata with which the agent can be its own target.
     pub fn load_local_md(&self, metadata: &Arc<Metadata>) -> Result<Arc<Metadata>> {
+        local(metadata)?;
         Ok(Arc::clone(metadata))
     }
 
+    /// Lets go of a region's metadata.
     pub fn unload_md(&self, metadata: Arc<Metadata>) -> Result<()> {
         drop(metadata);
         Ok(())
     }
 
-    /// `local` and `remote` are walked in step; they have equal counts.
+    /// Resolves a transfer down to its operations. `local` and `remote` are walked in step.
     pub fn prep_xfer<'a>(
         &self,
         op: Op,
         local: impl ExactSizeIterator<Item = XferDesc<'a>> + Clone,
         remote: impl ExactSizeIterator<Item = XferDesc<'a>> + Clone,
         agent: &AgentName,
-    ) -> Result<Arc<Request>> {
-        let _ = (op, local, remote, agent);
-        Err(todo())
+    ) -> Result<Request> {
+        if local.len() != remote.len() {
+            return Err(Error::invalid(format!(
+                "{} local descriptors and {} remote ones; a transfer needs as many of both",
+                local.len(),
+                remote.len()
+            )));
+        }
+        if self.is_self(agent) {
+            return self.prep_local(op, local.zip(remote));
+        }
+        let peer = self.peer(agent)?;
+        let mut regions = Regions::default();
+        let mut pieces = Vec::with_capacity(local.len());
+        for (here, there) in local.zip(remote) {
+            let (region, lanes, target) = regions.resolve(here.metadata, there.metadata)?;
+            if !Arc::ptr_eq(target.peer(), &peer) {
+                return Err(Error::disconnected(format!(
+                    "{target} belongs to an earlier connection with {agent}; load its metadata again"
+                )));
+            }
+            let (here, there) = (here.desc, there.desc);
+            if here.len != there.len {
+                return Err(Error::invalid(format!(
+                    "a local descriptor has {} bytes and its remote one {}",
+                    here.len, there.len
+                )));
+            }
+            regions.registrations[region as usize].check(&here)?;
+            target.check(&there)?;
+            let base = if self.shared.virtual_addresses { 0 } else { target.base() };
+            pieces.push(Piece {
+                local_addr: here.addr,
+                remote_addr: there.addr - base,
+                len: here.len,
+                region,
+                lanes,
+            });
+        }
+        let pieces = plan::merge(pieces.into_iter());
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed) as usize;
+        let plan = plan::spread(&pieces, &regions.lanes, &self.cutting(), turn)?;
+        let tables = plan.runs.iter().map(|run| regions.on_rail(run.rail)).collect();
+        Ok(Request::Remote(Arc::new(Transfer::new(
+            op,
+            peer,
+            plan.bytes,
+            plan.slices,
+            plan.runs,
+            regions.registrations,
+            tables,
+        ))))
     }
 
-    /// `Status::Success` or `Status::InProgress`.
-    pub fn post_xfer(&self, request: &Arc<Request>, notification: Option<&[u8]>) -> Result<Status> {
-        let _ = (request, notification);
-        Err(todo())
+    fn prep_local<'a>(
+        &self,
+        op: Op,
+        pairs: impl Iterator<Item = (XferDesc<'a>, XferDesc<'a>)>,
+    ) -> Result<Request> {
+        let mut pieces = Vec::new();
+        for (here, there) in pairs {
+            let (near, far) = (local(here.metadata)?, local(there.metadata)?);
+            near.check(&here.desc)?;
+            far.check(&there.desc)?;
+            if here.desc.len != there.desc.len {
+                return Err(Error::invalid(format!(
+                    "a local descriptor has {} bytes and its counterpart {}",
+                    here.desc.len, there.desc.len
+                )));
+            }
+            let (from, to) = match op {
+                Op::Write => ((near, here.desc), (far, there.desc)),
+                Op::Read => ((far, there.desc), (near, here.desc)),
+            };
+            pieces.push(LocalPiece {
+                source: Arc::clone(from.0),
+                source_addr: from.1.addr,
+                target: Arc::clone(to.0),
+                target_addr: to.1.addr,
+                len: here.desc.len,
+            });
+        }
+        Ok(Request::Local(Arc::new(LocalTransfer::new(pieces))))
     }
 
-    pub fn check_xfer(&self, request: &Arc<Request>) -> Result<Status> {
-        let _ = request;
-        Err(todo())
+    fn cutting(&self) -> Cutting {
+        let config = &self.shared.config;
+        Cutting {
+            striping_threshold_bytes: config.striping_threshold_bytes,
+            chunk_bytes_max: config.chunk_bytes_max,
+            message_bytes_max: self.shared.message_bytes_max,
+        }
     }
 
-    pub fn release_request(&self, request: Arc<Request>) -> Result<()> {
-        drop(request);
+    /// Posts a request: `Status::Success` or `Status::InProgress`.
+    pub fn post_xfer(&self, request: &Request, notification: Option<&[u8]>) -> Result<Status> {
+        let notification = notification.map(<[u8]>::to_vec);
+        match request {
+            Request::Local(transfer) => {
+                transfer.begin(notification)?;
+                self.shared.copies.push(Arc::clone(transfer));
+                self.shared.drive_copies();
+                self.shared.wake();
+                transfer.status()
+            }
+            Request::Remote(transfer) => {
+                let (counted, after) = match transfer.op() {
+                    Op::Write => (notification, None),
+                    Op::Read => (None, notification),
+                };
+                let is_counted = counted.is_some();
+                transfer.begin(after)?;
+                if let Err(e) = transfer.peer().start(transfer, counted) {
+                    transfer.fail(e.clone());
+                    transfer.part_finished();
+                    return Err(e);
+                }
+                for run in transfer.runs() {
+                    self.shared.kick(run.rail);
+                }
+                if is_counted {
+                    self.shared.kick(RailId(0));
+                }
+                self.status(transfer)
+            }
+        }
+    }
+
+    /// How a posted request stands. Drives what it uses, so that it gets on without a progress thread too.
+    pub fn check_xfer(&self, request: &Request) -> Result<Status> {
+        match request {
+            Request::Local(transfer) => {
+                if transfer.status() == Ok(Status::InProgress) {
+                    self.shared.drive_copies();
+                }
+                transfer.status()
+            }
+            Request::Remote(transfer) => {
+                let status = self.status(transfer);
+                if status != Ok(Status::InProgress) {
+                    return status;
+                }
+                self.shared.drive_some(transfer.runs().iter().map(|run| run.rail));
+                if self.progress.is_none() {
+                    self.shared.tick_if_due();
+                }
+                self.status(transfer)
+            }
+        }
+    }
+
+    fn status(&self, transfer: &Transfer) -> Result<Status> {
+        let config = &self.shared.config;
+        let limit = Some(config.transfer_timeout).filter(|limit| !limit.is_zero());
+        transfer.status(config.drain_timeout, limit)
+    }
+
+    /// Lets go of a request. In flight, it ends by itself.
+    pub fn release_request(&self, request: Request) -> Result<()> {
+        match request {
+            Request::Local(transfer) => transfer.release(),
+            Request::Remote(transfer) => transfer.release(),
+        }
         Ok(())
     }
 
     /// Takes everything that has arrived.
     pub fn take_notifications(&self) -> Result<Vec<Notification>> {
-        Err(todo())
+        let waiting = self.shared.inbox.take();
+        if self.progress.is_none() || waiting.is_empty() {
+            self.shared.drive_some(std::iter::empty());
+        }
+        if self.progress.is_none() {
+            self.shared.drive_all();
+            self.shared.tick_if_due();
+        }
+        if waiting.is_empty() { Ok(self.shared.inbox.take()) } else { Ok(waiting) }
     }
 
+    /// Sends a notification that belongs to no transfer. It does not wait for the peer.
     pub fn send_notification(&self, agent: &AgentName, message: &[u8]) -> Result<()> {
-        let _ = (agent, message);
-        Err(todo())
+        if self.is_self(agent) {
+            self.shared.inbox.push(agent.clone(), message.to_vec());
+            return Ok(());
+        }
+        self.peer(agent)?.notify(message.to_vec())?;
+        self.shared.kick(RailId(0));
+        Ok(())
     }
 
-    /// For each range: its attributes, or `None` if it is not memory that this backend can use.
+    /// For each range: its attributes, or `None` if no NIC of this backend can move it.
     pub fn query_mem(
         &self,
         kind: MemKind,
         descs: &mut dyn Iterator<Item = Desc>,
     ) -> Result<Vec<Option<BTreeMap<String, String>>>> {
-        let _ = (kind, descs);
-        Err(todo())
+        Ok(descs.map(|desc| self.shared.placement.describe(kind, &desc)).collect())
     }
 
-    /// Expected duration of a prepared request and its uncertainty.
+    /// Expected duration of a prepared request and its uncertainty, from transfers that were made.
     pub fn estimate_cost(&self, request: &Request) -> Result<(Duration, Duration)> {
-        let _ = request;
-        Err(todo())
+        let (rates, bytes) = match request {
+            Request::Remote(transfer) => (&self.shared.local.rates, transfer.bytes()),
+            Request::Local(transfer) => (&self.shared.local_rates, transfer.bytes()),
+        };
+        rates.estimate(bytes).ok_or_else(|| {
+            Error::not_supported(
+                "no transfer of this kind and size was measured yet, so none can be estimated",
+            )
+        })
+    }
+
+    fn rails(&self) -> &[Arc<crate::rail::Rail>] {
+        &self.shared.local.rails
+    }
+
+    fn is_self(&self, agent: &AgentName) -> bool {
+        *agent == self.shared.local.name
+    }
+
+    fn peer(&self, agent: &AgentName) -> Result<Arc<crate::peer::Peer>> {
+        self.shared.peers.get(agent).ok_or_else(|| {
+            Error::not_found(format!("there is no peer {agent}; load its metadata first (add_remote_agent)"))
+        })
     }
 }
 
-fn todo() -> Error {
-    Error::not_supported("not built yet")
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.shared.drain();
+        // Threads first: nothing may drive a rail that is being closed.
+        drop(self.progress.take());
+        self.shared.close();
+    }
+}
+
+fn local(metadata: &Metadata) -> Result<&Arc<Registration>> {
+    match metadata {
+        Metadata::Local(registration) => Ok(registration),
+        Metadata::Remote(region) => Err(Error::invalid(format!("{region} is not memory of this agent"))),
+    }
+}
+
+/// The regions of a transfer under preparation. Most transfers have a handful, so they are searched in order,
+/// last pair first.
+#[derive(Default)]
+struct Regions<'a> {
+    registrations: Vec<Arc<Registration>>,
+    lanes: Vec<Vec<Lane>>,
+    pairs: std::collections::HashMap<(usize, usize), (u32, u32, &'a RemoteRegion)>,
+    last: Option<((usize, usize), (u32, u32, &'a RemoteRegion))>,
+}
+
+impl<'a> Regions<'a> {
+    /// Indices of the local region and of the lanes of the pair.
+    fn resolve(
+        &mut self,
+        here: &'a Arc<Metadata>,
+        there: &'a Arc<Metadata>,
+    ) -> Result<(u32, u32, &'a RemoteRegion)> {
+        let key = (Arc::as_ptr(here) as usize, Arc::as_ptr(there) as usize);
+        if let Some((_, found)) = self.last.filter(|(last, _)| *last == key) {
+            return Ok(found);
+        }
+        let found = match self.pairs.get(&key) {
+            Some(found) => *found,
+            None => self.add(key, here, there)?,
+        };
+        self.last = Some((key, found));
+        Ok(found)
+    }
+
+    fn add(
+        &mut self,
+        key: (usize, usize),
+        here: &'a Arc<Metadata>,
+        there: &'a Arc<Metadata>,
+    ) -> Result<(u32, u32, &'a RemoteRegion)> {
+        let registration = local(here)?;
+        let Metadata::Remote(remote) = there.as_ref() else {
+            return Err(Error::invalid("the remote side of a transfer with a peer is memory of this agent"));
+        };
+        let known = self.registrations.iter().position(|r| Arc::ptr_eq(r, registration));
+        let region = known.unwrap_or_else(|| {
+            self.registrations.push(Arc::clone(registration));
+            self.registrations.len() - 1
+        });
+        self.lanes.push(plan::pair_lanes(registration.rails(), remote.keys()));
+        let found = (region as u32, (self.lanes.len() - 1) as u32, remote);
+        self.pairs.insert(key, found);
+        Ok(found)
+    }
+
+    /// The local regions on one rail, by index. A rail that does not serve a region gets one that no slice of it
+    /// refers to.
+    fn on_rail(&self, rail: RailId) -> Arc<[crate::fabric::MemoryRegion]> {
+        let any =
+            self.registrations.iter().find_map(|r| r.region(rail)).expect("the run has a slice on this rail");
+        self.registrations.iter().map(|r| r.region(rail).unwrap_or(any).clone()).collect()
+    }
 }

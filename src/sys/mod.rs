@@ -1,4 +1,6 @@
 //! Foreign tables loaded at run time: libfabric, hwloc, libcuda. The only foreign struct layouts.
 
 pub mod dl;
+pub mod event;
 pub mod libfabric;
+pub mod thread;

@@ -1,0 +1,177 @@
+//! Which devices become rails.
+
+use crate::config::{Config, Fabric};
+use crate::error::{Error, Result};
+use crate::fabric::{AddrFormat, Device, Libfabric, Query, efa};
+use crate::types::MemKind;
+
+/// Providers that move data through the kernel or the processor, best first. All others are taken for hardware.
+const SOFTWARE: &[&str] = &["tcp", "tcp;ofi_rxm", "sockets", "udp;ofi_rxd", "net", "shm", "sm2"];
+/// Software providers that are only used when they are asked for: they do not reach another host.
+const ON_REQUEST_ONLY: &[&str] = &["shm", "sm2"];
+
+/// Devices of one provider, each once.
+#[derive(Debug)]
+pub(super) struct Found {
+    pub devices: Vec<Device>,
+    pub software: bool,
+    /// Writes can be made to complete only when their data is in the peer's memory.
+    pub delivery_complete: bool,
+}
+
+/// Memory kinds that an engine on this machine could register, for NIXL's plugin list.
+pub fn available_mems() -> Vec<MemKind> {
+    vec![MemKind::Dram]
+}
+
+/// Finds the devices that the configuration and the environment let us use.
+pub(super) fn find(library: &Libfabric, config: &Config) -> Result<Found> {
+    let mut query = Query {
+        provider: Some(config.provider.clone()).filter(|name| !name.is_empty()),
+        fabric: match config.fabric {
+            Fabric::Any => None,
+            Fabric::Efa => Some("efa".to_owned()),
+            Fabric::EfaDirect => Some("efa-direct".to_owned()),
+        },
+        delivery_complete: true,
+        ..Query::default()
+    };
+    let mut offered = library.discover(&query)?;
+    if offered.is_empty() {
+        query.delivery_complete = false;
+        offered = library.discover(&query)?;
+    }
+    let asked = query.provider.or_else(|| std::env::var("FI_PROVIDER").ok().filter(|name| !name.is_empty()));
+    let chosen = choose_provider(offered.iter().map(Device::provider), asked.is_some())
+        .ok_or_else(|| nothing_found(library, asked.as_deref()))?
+        .to_owned();
+    let software = is_software(&chosen);
+    if software && config.require_rdma {
+        return Err(Error::not_supported(format!(
+            "only the software provider {chosen} was found, and require_rdma is set. Is there an EFA device in this \
+             container (/dev/infiniband, vpc.amazonaws.com/efa), and has libfabric the efa provider (fi_info -p efa)? \
+             libfabric in use: {}",
+            library.origin()
+        )));
+    }
+    let devices = once_each(offered.into_iter().filter(|device| device.provider() == chosen), config.fabric);
+    let devices = if software { interfaces(devices) } else { devices };
+    let devices = allowed(devices, config)?;
+    let devices = limited(devices, config, software);
+    if software && asked.is_none() {
+        log::warn!(
+            "no RDMA device was found: data goes through the kernel over {chosen} on {}. Set require_rdma to refuse \
+             that, or FI_PROVIDER={} to be silent about it",
+            names(&devices),
+            chosen.split(';').next().unwrap_or(&chosen)
+        );
+    }
+    Ok(Found { devices, software, delivery_complete: query.delivery_complete })
+}
+
+fn is_software(provider: &str) -> bool {
+    SOFTWARE.contains(&provider)
+}
+
+/// efa first, then other hardware in libfabric's order, then software.
+fn choose_provider<'a>(offered: impl Iterator<Item = &'a str>, asked: bool) -> Option<&'a str> {
+    let rank = |provider: &str| {
+        if efa::is_efa(provider) {
+            0
+        } else if is_software(provider) {
+            2 + SOFTWARE.iter().position(|p| *p == provider).unwrap_or(SOFTWARE.len())
+        } else {
+            1
+        }
+    };
+    offered
+        .filter(|provider| asked || !ON_REQUEST_ONLY.contains(provider))
+        .min_by_key(|provider| rank(provider))
+}
+
+fn nothing_found(library: &Libfabric, asked: Option<&str>) -> Error {
+    let wanted = asked.map_or_else(|| "no provider".to_owned(), |name| format!("no provider `{name}`"));
+    Error::not_found(format!(
+        "{wanted} with reliable datagrams and RMA (FI_EP_RDM, FI_MSG, FI_RMA) was found by libfabric {} ({}); compare \
+         with `fi_info`, and look at the options provider and fabric and at FI_PROVIDER",
+        library.version(),
+        library.origin()
+    ))
+}
+
+/// A NIC stands in libfabric's answer several times: for each address, and for each fabric of efa. The efa fabric
+/// comes before efa-direct, and IPv4 before IPv6.
+fn once_each(devices: impl Iterator<Item = Device>, fabric: Fabric) -> Vec<Device> {
+    let preferred = |device: &Device| {
+        (fabric == Fabric::Any && efa::is_direct(device), device.addr_format() == AddrFormat::SockIn6)
+    };
+    let mut unique: Vec<Device> = Vec::new();
+    for device in devices {
+        match unique.iter_mut().find(|known| known.domain_name() == device.domain_name()) {
+            Some(known) if preferred(&device) < preferred(known) => *known = device,
+            Some(_) => {}
+            None => unique.push(device),
+        }
+    }
+    unique
+}
+
+/// Loopback interfaces serve where there are no others.
+fn interfaces(devices: Vec<Device>) -> Vec<Device> {
+    let (loopback, real): (Vec<_>, Vec<_>) = devices.into_iter().partition(Device::loopback);
+    if real.is_empty() { loopback } else { real }
+}
+
+fn allowed(devices: Vec<Device>, config: &Config) -> Result<Vec<Device>> {
+    if config.devices.0.is_empty() {
+        return Ok(devices);
+    }
+    let known = names(&devices);
+    let matches = |device: &Device| {
+        let nic = device.nic();
+        let by_name = [Some(device.domain_name()), nic.map(|n| n.name.as_str())];
+        by_name.into_iter().flatten().any(|name| config.devices.allows(name, nic.and_then(|n| n.pci)))
+    };
+    let chosen: Vec<_> = devices.into_iter().filter(matches).collect();
+    if chosen.is_empty() {
+        return Err(Error::invalid(format!("the option devices leaves no device; there are: {known}")));
+    }
+    Ok(chosen)
+}
+
+/// A software provider takes one interface unless the user names several: which of them reach the peer's
+/// interfaces is not known here.
+fn limited(mut devices: Vec<Device>, config: &Config, software: bool) -> Vec<Device> {
+    let limit = match (config.max_rails, software && config.devices.0.is_empty()) {
+        (0, false) => usize::MAX,
+        (0, true) => 1,
+        (n, _) => n as usize,
+    };
+    devices.truncate(limit);
+    devices
+}
+
+/// Names of devices, for a log line.
+pub(super) fn names(devices: &[Device]) -> String {
+    devices.iter().map(Device::domain_name).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::choose_provider;
+
+    #[test]
+    fn efa_comes_first_and_software_last() {
+        let choose =
+            |offered: &[&str], asked| choose_provider(offered.iter().copied(), asked).map(ToOwned::to_owned);
+        assert_eq!(choose(&["shm", "tcp", "efa"], false).as_deref(), Some("efa"));
+        assert_eq!(
+            choose(&["sockets", "tcp;ofi_rxm", "verbs;ofi_rxm"], false).as_deref(),
+            Some("verbs;ofi_rxm")
+        );
+        assert_eq!(choose(&["shm", "sockets", "tcp"], false).as_deref(), Some("tcp"));
+        assert_eq!(choose(&["shm"], false), None);
+        assert_eq!(choose(&["shm"], true).as_deref(), Some("shm"));
+        assert_eq!(choose(&[], true), None);
+    }
+}

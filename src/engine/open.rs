@@ -1,0 +1,198 @@
+//! From options to open rails.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, OnceLock};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use super::InitParams;
+use super::discover::{self, Found, names};
+use super::shared::Shared;
+use crate::config::{Config, Wait};
+use crate::error::{Error, Result};
+use crate::fabric::{Device, Domain, Fabric, Libfabric, MemoryRange};
+use crate::notify::Inbox;
+use crate::peer::{Local, PeerTable};
+use crate::progress::{Driver, Pace, ProgressThreads};
+use crate::rail::{MESSAGE_BYTES_MAX, Rail, RailLimits};
+use crate::transfer::{LocalCopies, Rates};
+use crate::types::{Desc, MemKind, RailId};
+use crate::wire::{ConnectionInfo, EndpointName, Extension};
+
+/// Bytes of notifications that wait for the user before the network is left alone.
+const INBOX_BYTES_MAX: u64 = 1 << 30;
+
+/// Which rails serve which memory.
+#[derive(Debug)]
+pub(super) struct Placement {
+    rails: Vec<RailId>,
+}
+
+impl Placement {
+    pub fn mems(&self) -> Vec<MemKind> {
+        vec![MemKind::Dram]
+    }
+
+    pub fn rails_for_host(&self, _range: MemoryRange, _turn: u64) -> Vec<RailId> {
+        self.rails.clone()
+    }
+
+    /// Attributes of a range that can be registered.
+    pub fn describe(&self, kind: MemKind, desc: &Desc) -> Option<BTreeMap<String, String>> {
+        if kind != MemKind::Dram || desc.len == 0 || desc.addr.checked_add(desc.len).is_none() {
+            return None;
+        }
+        let rails: Vec<String> = self.rails.iter().map(ToString::to_string).collect();
+        Some(BTreeMap::from([("mem".to_owned(), kind.to_string()), ("rails".to_owned(), rails.join(","))]))
+    }
+}
+
+/// Opens everything that an engine needs.
+pub(super) fn open(init: InitParams) -> Result<(Arc<Shared>, Option<ProgressThreads>)> {
+    let config = Config::from_params(&init.params)?;
+    let path = Some(Path::new(&config.libfabric_path)).filter(|path| !path.as_os_str().is_empty());
+    let library = Libfabric::load(path)?;
+    let found = discover::find(&library, &config)?;
+    let use_wait_fd = init.progress_thread && config.wait != Wait::Sleep;
+    let rails = open_rails(&library, &found, &config, use_wait_fd)?;
+    let extension = Extension::ours(incarnation(), MESSAGE_BYTES_MAX as u32, config.notif_bytes_max);
+    let endpoints =
+        rails.iter().map(|rail| EndpointName::new(rail.endpoint_name())).collect::<Result<_>>()?;
+    let local = Arc::new(Local {
+        name: init.local_agent,
+        conn_info: ConnectionInfo { endpoints, extension: Some(extension) }.encode(),
+        sessions: AtomicU64::new(incarnation()),
+        connect_timeout: config.connect_timeout,
+        notif_bytes_max: config.notif_bytes_max,
+        pending_bytes_max: config.pending_bytes_max,
+        rates: Rates::default(),
+        rails,
+    });
+    let shared = Arc::new(Shared {
+        peers: PeerTable::default(),
+        inbox: Inbox::new(INBOX_BYTES_MAX),
+        copies: LocalCopies::default(),
+        local_rates: Rates::default(),
+        placement: Placement { rails: local.rails.iter().map(|rail| rail.id()).collect() },
+        virtual_addresses: found.devices[0].mr_virt_addr(),
+        message_bytes_max: message_bytes_max(&found.devices),
+        wakers: OnceLock::new(),
+        waiting: AtomicBool::new(false),
+        last_tick: AtomicU64::new(0),
+        started: Instant::now(),
+        malformed: AtomicU64::new(0),
+        local: Arc::clone(&local),
+        config,
+    });
+    let progress = if init.progress_thread {
+        let pace = Pace {
+            spin: shared.config.spin,
+            sleep_max: shared.config.sleep_max.max(init.progress_delay),
+            use_wait_fd,
+        };
+        let driver: Arc<dyn Driver> = Arc::clone(&shared) as Arc<dyn Driver>;
+        let threads = ProgressThreads::start(&driver, groups(&local.rails, shared.config.num_threads), pace)?;
+        let _ = shared.wakers.set(threads.wakers());
+        Some(threads)
+    } else {
+        None
+    };
+    log::info!(
+        "agent {}: libfabric {} ({}), provider {}{}, {} rails on {}, memory {}, progress {}",
+        local.name,
+        library.version(),
+        library.origin(),
+        found.devices[0].provider(),
+        if found.software { " (software)" } else { "" },
+        local.rails.len(),
+        names(&found.devices),
+        shared.placement.mems().iter().map(ToString::to_string).collect::<Vec<_>>().join("+"),
+        if progress.is_some() { "by threads" } else { "by the callers" },
+    );
+    if !found.delivery_complete {
+        log::warn!(
+            "provider {} cannot confirm the arrival of writes (FI_DELIVERY_COMPLETE): a write may be reported done \
+             just before its last bytes are visible at the peer",
+            found.devices[0].provider()
+        );
+    }
+    Ok((shared, progress))
+}
+
+fn open_rails(
+    library: &Libfabric,
+    found: &Found,
+    config: &Config,
+    want_wait_fd: bool,
+) -> Result<Vec<Arc<Rail>>> {
+    let mut rails: Vec<Arc<Rail>> = Vec::new();
+    let mut failures: Vec<Error> = Vec::new();
+    let per_device = config.rails_per_device as usize;
+    for device in found.devices.iter().flat_map(|device| std::iter::repeat_n(device, per_device)) {
+        let id = RailId(rails.len() as u16);
+        match open_rail(library, device, id, config, want_wait_fd) {
+            Ok(rail) => rails.push(Arc::new(rail)),
+            Err(e) => {
+                log::warn!("{} is left out: {e}", device.domain_name());
+                failures.push(e);
+            }
+        }
+    }
+    match (rails.is_empty(), failures.into_iter().next()) {
+        (true, Some(e)) => Err(e.context("no rail could be opened")),
+        (true, None) => Err(Error::not_found("there is no device to open a rail on")),
+        _ => Ok(rails),
+    }
+}
+
+fn open_rail(
+    library: &Libfabric,
+    device: &Device,
+    id: RailId,
+    config: &Config,
+    want_wait_fd: bool,
+) -> Result<Rail> {
+    let fabric = Fabric::open(library, device)?;
+    let domain = Domain::open(&fabric, device)?;
+    let control = id == RailId(0);
+    let receives = match (control, crate::fabric::efa::is_direct(device)) {
+        (true, _) => config.control_recv_buffers as u32,
+        // Writes with immediate data use up receives there.
+        (false, true) => (device.rx_size() as u32).clamp(1, 512),
+        (false, false) => 0,
+    };
+    let limits = RailLimits {
+        receive_buffers: receives,
+        send_buffers: if control { config.control_send_buffers as u32 } else { 1 },
+        operations_max: 0,
+        batch_slices: config.split_batch_size as u32,
+        cq_entries: config.cq_entries as u32,
+        stall_timeout: config.connect_timeout,
+        want_wait_fd,
+    };
+    Rail::open(id, &domain, device, &limits)
+}
+
+/// Rails in as many groups as there are threads.
+fn groups(rails: &[Arc<Rail>], threads: usize) -> Vec<Vec<Arc<Rail>>> {
+    let count = threads.clamp(1, rails.len());
+    let mut groups = vec![Vec::new(); count];
+    for (i, rail) in rails.iter().enumerate() {
+        groups[i * count / rails.len()].push(Arc::clone(rail));
+    }
+    groups
+}
+
+/// A length that every device takes in one operation, a multiple of the page size.
+fn message_bytes_max(devices: &[Device]) -> u64 {
+    let least = devices.iter().map(|device| device.max_msg_size() as u64).min().unwrap_or(u64::MAX);
+    // An operation longer than a gigabyte gains nothing, and some providers name sizes that they cannot keep.
+    let least = least.min(1 << 30);
+    if least > 4096 { least & !4095 } else { least.max(1) }
+}
+
+/// Microseconds since 1970: grows over restarts, and two runs of an agent never have the same.
+fn incarnation() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.as_micros() as u64)
+}
