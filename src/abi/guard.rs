@@ -1,0 +1,137 @@
+//! Nothing unwinds into C++, and an engine that has panicked does no more work.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::error::{Error, Result, Status};
+use crate::types::AgentName;
+
+/// Runs `body`; a panic comes back as its message.
+pub fn catch<T>(body: impl FnOnce() -> T) -> std::result::Result<T, String> {
+    // Unwind safety: whoever gets an error here drops the state that the panic left behind, or refuses to use it (`Guard`).
+    catch_unwind(AssertUnwindSafe(body)).map_err(|payload| {
+        let message = panic_message(payload.as_ref());
+        // A payload may panic when it is dropped, and nothing would catch that.
+        std::mem::forget(payload);
+        message
+    })
+}
+
+fn panic_message(payload: &(dyn Any + Send)) -> String {
+    if let Some(text) = payload.downcast_ref::<&str>() {
+        (*text).to_owned()
+    } else if let Some(text) = payload.downcast_ref::<String>() {
+        text.clone()
+    } else {
+        "no message".to_owned()
+    }
+}
+
+/// Stands before one engine: logs its errors, stops its panics, and keeps calls out after the first panic.
+#[derive(Debug)]
+pub struct Guard {
+    agent: AgentName,
+    poisoned: AtomicBool,
+}
+
+impl Guard {
+    /// A guard for the engine of `agent`.
+    pub fn new(agent: AgentName) -> Self {
+        Self { agent, poisoned: AtomicBool::new(false) }
+    }
+
+    /// Whether the engine has panicked.
+    pub fn is_poisoned(&self) -> bool {
+        self.poisoned.load(Ordering::Acquire)
+    }
+
+    /// Runs one call of NIXL's, named `call`. An error has been logged when its status comes back.
+    pub fn run<T>(&self, call: &str, body: impl FnOnce() -> Result<T>) -> std::result::Result<T, Status> {
+        if self.is_poisoned() {
+            return Err(Status::Backend);
+        }
+        match catch(body) {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(error)) => {
+                self.log(call, &error);
+                Err(error.status())
+            }
+            Err(message) => {
+                self.poison(call, &message);
+                Err(Status::Backend)
+            }
+        }
+    }
+
+    /// Drops what NIXL gives back to an engine that takes no calls any more.
+    pub fn discard<T>(&self, call: &str, value: T) {
+        if let Err(message) = catch(|| drop(value)) {
+            self.poison(call, &message);
+        }
+    }
+
+    fn poison(&self, call: &str, message: &str) {
+        // One line for the first panic: later calls are refused because of it, and callers poll.
+        if !self.poisoned.swap(true, Ordering::AcqRel) {
+            log::error!(
+                "agent \"{}\": {call}: the plugin panicked ({message}); this backend refuses all further calls, \
+                 restart the process and report the panic",
+                self.agent
+            );
+        }
+    }
+
+    fn log(&self, call: &str, error: &Error) {
+        let level = match error.status() {
+            // What the fabric or the peer did, or what this backend does not offer: the caller decides how bad it is.
+            Status::NotSupported | Status::RemoteDisconnect | Status::Canceled => log::Level::Warn,
+            _ => log::Level::Error,
+        };
+        log::log!(level, "agent \"{}\": {call}: {error}", self.agent);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Guard, catch};
+    use crate::error::{Error, Status};
+
+    struct PanicsOnDrop;
+
+    impl Drop for PanicsOnDrop {
+        fn drop(&mut self) {
+            panic!("dropped");
+        }
+    }
+
+    #[test]
+    fn a_panic_becomes_its_message() {
+        assert_eq!(catch(|| 7), Ok(7));
+        assert_eq!(catch(|| panic!("plain")), Err::<(), _>("plain".to_owned()));
+        assert_eq!(catch(|| panic!("rail {}", 3)), Err::<(), _>("rail 3".to_owned()));
+        assert_eq!(catch(|| std::panic::panic_any(PanicsOnDrop)), Err::<(), _>("no message".to_owned()));
+    }
+
+    #[test]
+    fn an_error_keeps_the_engine_and_a_panic_ends_it() {
+        let guard = Guard::new("a".into());
+        assert_eq!(
+            guard.run("connect", || Err::<(), _>(Error::not_found("no such peer"))),
+            Err(Status::NotFound)
+        );
+        assert_eq!(guard.run("connect", || Ok(1)), Ok(1));
+        assert_eq!(guard.run::<()>("connect", || panic!("bug")), Err(Status::Backend));
+        assert!(guard.is_poisoned());
+        let mut ran = false;
+        assert_eq!(guard.run("connect", || Ok(ran = true)), Err(Status::Backend));
+        assert!(!ran, "a poisoned engine was called");
+    }
+
+    #[test]
+    fn a_panic_while_dropping_ends_the_engine() {
+        let guard = Guard::new("a".into());
+        guard.discard("deregisterMem", PanicsOnDrop);
+        assert!(guard.is_poisoned());
+    }
+}
