@@ -16,46 +16,55 @@ typedef struct NlfMetadataHandle NlfMetadataHandle;
 // One share of a transfer request.
 typedef struct NlfRequestHandle NlfRequestHandle;
 
-// Bytes that the caller lends for the length of one call.
-typedef struct NlfBytes {
-  // First byte; may be null when `len` is 0.
+// Elements that the caller lends for the length of one call.
+typedef struct NlfSlice_u8 {
+  // First element; may be null when `len` is 0.
   const uint8_t *data;
-  // Number of bytes.
+  // Number of elements.
   size_t len;
-} NlfBytes;
+} NlfSlice_u8;
 
-// A key and its value.
+// Bytes of any kind, also those of text.
+typedef struct NlfSlice_u8 NlfBytes;
+
+// A key and its value, or a sender and its message.
 typedef struct NlfPair {
   // The key.
-  struct NlfBytes key;
+  NlfBytes key;
   // Its value.
-  struct NlfBytes value;
+  NlfBytes value;
 } NlfPair;
 
-// Takes pairs of bytes, one by one, by copy. False: there was no memory for them.
+// Takes pairs, one by one, by copy.
 typedef struct NlfPairSink {
   // Passed back to `put`.
   void *context;
-  // Takes one pair; must not unwind.
+  // Takes one pair. False: there was no memory for it. Must not unwind.
   bool (*put)(void *context, struct NlfPair pair);
 } NlfPairSink;
 
-// Takes memory kinds (`nixl_mem_t`), one by one. False: there was no memory for it.
+// Takes memory kinds (`nixl_mem_t`), one by one.
 typedef struct NlfMemSink {
   // Passed back to `put`.
   void *context;
-  // Takes one kind; must not unwind.
+  // Takes one kind. False: there was no memory for it. Must not unwind.
   bool (*put)(void *context, int32_t mem);
 } NlfMemSink;
+
+// Elements that the caller lends for the length of one call.
+typedef struct NlfSlice_Pair {
+  // First element; may be null when `len` is 0.
+  const struct NlfPair *data;
+  // Number of elements.
+  size_t len;
+} NlfSlice_Pair;
 
 // What NIXL passes when it creates a backend.
 typedef struct NlfCreateParams {
   // Name of the agent that the engine serves.
-  struct NlfBytes local_agent;
+  NlfBytes local_agent;
   // The user's options.
-  const struct NlfPair *options;
-  // Number of options.
-  size_t options_len;
+  struct NlfSlice_Pair options;
   // Whether NIXL asked for a progress thread.
   bool progress_thread;
   // Longest sleep of the progress thread between two looks, in microseconds.
@@ -72,12 +81,12 @@ typedef struct NlfBasicDesc {
   uint64_t dev_id;
 } NlfBasicDesc;
 
-// Takes bytes, by copy. False: there was no memory for them.
+// Takes bytes, by copy.
 typedef struct NlfBytesSink {
   // Passed back to `put`.
   void *context;
-  // Takes the bytes; must not unwind.
-  bool (*put)(void *context, struct NlfBytes bytes);
+  // Takes the bytes. False: there was no memory for them. Must not unwind.
+  bool (*put)(void *context, NlfBytes bytes);
 } NlfBytesSink;
 
 // The object that NIXL holds for a memory region: its base `nixlBackendMD`, then ours.
@@ -87,7 +96,7 @@ typedef struct NlfMetadataObject {
   // Set for a region of this agent.
   bool is_private;
   // The region's metadata.
-  const struct NlfMetadataHandle *handle;
+  struct NlfMetadataHandle *handle;
 } NlfMetadataObject;
 
 // One element of a transfer list, laid out as NIXL's `nixlMetaDesc`.
@@ -98,13 +107,13 @@ typedef struct NlfMetaDesc {
   const struct NlfMetadataObject *metadata;
 } NlfMetaDesc;
 
-// A transfer list.
-typedef struct NlfMetaDescs {
+// Elements that the caller lends for the length of one call.
+typedef struct NlfSlice_MetaDesc {
   // First element; may be null when `len` is 0.
   const struct NlfMetaDesc *data;
   // Number of elements.
   size_t len;
-} NlfMetaDescs;
+} NlfSlice_MetaDesc;
 
 // One element of a registration list, laid out as NIXL's `nixlBlobDesc`.
 typedef struct NlfBlobDesc {
@@ -114,15 +123,22 @@ typedef struct NlfBlobDesc {
   uint64_t meta_info[4];
 } NlfBlobDesc;
 
-// Takes the answers to a memory query: for each range `entry`, then, when it is present, `attribute` for each attribute.
-// False: there was no memory for it.
+// Elements that the caller lends for the length of one call.
+typedef struct NlfSlice_BlobDesc {
+  // First element; may be null when `len` is 0.
+  const struct NlfBlobDesc *data;
+  // Number of elements.
+  size_t len;
+} NlfSlice_BlobDesc;
+
+// Takes the answers to a memory query, one by one: whether the range is known, then its attributes.
 typedef struct NlfQuerySink {
-  // Passed back to both functions.
+  // Passed back to `begin`.
   void *context;
-  // Begins the next range's answer; must not unwind.
-  bool (*entry)(void *context, bool present);
-  // Adds an attribute to the answer begun last; must not unwind.
-  bool (*attribute)(void *context, struct NlfPair attribute);
+  // Begins the next range's answer. False: there was no memory for it. Must not unwind.
+  bool (*begin)(void *context, bool known);
+  // Takes the attributes of the answer begun last.
+  struct NlfPairSink attributes;
 } NlfQuerySink;
 
 // Every call that the C++ side makes into Rust.
@@ -131,10 +147,11 @@ typedef struct NlfQuerySink {
 // NIXL looks for. No function unwinds. Those that return a number return a `nixl_status_t`, and have written a line to the log
 // when it is an error.
 //
-// Rules for the caller:
-// - Pointers are valid for the call, except for handles, which this table gave out and which were not given back yet.
-// - `destroy` is called when no other call on the engine is running.
-// - A handle that is released is gone, whatever the status.
+// Rules for the C++ side, which NIXL's core keeps where the shim cannot:
+// - What a call gets is valid, and unchanged by others, until it returns.
+// - Handles come from this table. A call that takes one by a pointer to non-const ends it, whatever the status.
+// - `destroy` is called when no other call on the engine is running, and is the last.
+// - Memory that was registered stays allocated until it was deregistered, and devices may access it until then.
 typedef struct NlfEngineOps {
   // Name of the plugin, from the name of its file.
   const char *(*plugin_name)(void);
@@ -155,9 +172,9 @@ typedef struct NlfEngineOps {
                           struct NlfBasicDesc range,
                           int32_t mem,
                           struct NlfMetadataHandle **out);
-  // Ends a registration; takes the handle.
+  // Ends a registration.
   int32_t (*deregister_mem)(const struct NlfEngineHandle *engine, struct NlfMetadataHandle *metadata);
-  // Prepares what `load_remote_md` needs at another agent.
+  // Says what `load_remote_md` needs at another agent.
   int32_t (*public_data)(const struct NlfEngineHandle *engine,
                          const struct NlfMetadataHandle *metadata,
                          struct NlfBytesSink sink);
@@ -169,48 +186,47 @@ typedef struct NlfEngineOps {
   int32_t (*load_remote_md)(const struct NlfEngineHandle *engine,
                             struct NlfBasicDesc range,
                             int32_t mem,
-                            struct NlfBytes public_data,
-                            struct NlfBytes agent,
+                            NlfBytes public_data,
+                            NlfBytes agent,
                             struct NlfMetadataHandle **out);
-  // Forgets loaded metadata; takes the handle.
+  // Forgets loaded metadata.
   int32_t (*unload_md)(const struct NlfEngineHandle *engine, struct NlfMetadataHandle *metadata);
-  // What other agents need to reach this one.
+  // Says what other agents need to reach this one.
   int32_t (*conn_info)(const struct NlfEngineHandle *engine, struct NlfBytesSink sink);
   // Takes what another agent's `conn_info` said.
-  int32_t (*load_remote_conn_info)(const struct NlfEngineHandle *engine, struct NlfBytes agent, struct NlfBytes info);
+  int32_t (*load_remote_conn_info)(const struct NlfEngineHandle *engine, NlfBytes agent, NlfBytes info);
   // Connects to an agent.
-  int32_t (*connect)(const struct NlfEngineHandle *engine, struct NlfBytes agent);
+  int32_t (*connect)(const struct NlfEngineHandle *engine, NlfBytes agent);
   // Ends the connection to an agent.
-  int32_t (*disconnect)(const struct NlfEngineHandle *engine, struct NlfBytes agent);
+  int32_t (*disconnect)(const struct NlfEngineHandle *engine, NlfBytes agent);
   // Prepares a transfer; the lists are not kept.
   int32_t (*prep_xfer)(const struct NlfEngineHandle *engine,
                        int32_t op,
-                       struct NlfMetaDescs local,
-                       struct NlfMetaDescs remote,
-                       struct NlfBytes agent,
+                       struct NlfSlice_MetaDesc local,
+                       struct NlfSlice_MetaDesc remote,
+                       NlfBytes agent,
                        struct NlfRequestHandle **out);
   // Starts a transfer; `notification` is null for none.
   int32_t (*post_xfer)(const struct NlfEngineHandle *engine,
                        const struct NlfRequestHandle *request,
-                       const struct NlfBytes *notification);
-  // How a transfer stands.
+                       const NlfBytes *notification);
+  // Says how a transfer stands.
   int32_t (*check_xfer)(const struct NlfEngineHandle *engine, const struct NlfRequestHandle *request);
-  // Gives a request up, in flight or not; takes the handle.
+  // Gives a request up, in flight or not.
   int32_t (*release_request)(const struct NlfEngineHandle *engine, struct NlfRequestHandle *request);
   // Expected duration of a request and its uncertainty, in microseconds.
   int32_t (*estimate_cost)(const struct NlfEngineHandle *engine,
                            const struct NlfRequestHandle *request,
                            int64_t *duration_us,
                            int64_t *margin_us);
-  // Takes the notifications that have arrived: pairs of sender and message.
+  // Takes the notifications that have arrived: sender and message.
   int32_t (*take_notifications)(const struct NlfEngineHandle *engine, struct NlfPairSink sink);
   // Sends a notification that belongs to no transfer.
-  int32_t (*send_notification)(const struct NlfEngineHandle *engine, struct NlfBytes agent, struct NlfBytes message);
+  int32_t (*send_notification)(const struct NlfEngineHandle *engine, NlfBytes agent, NlfBytes message);
   // Says what is known of ranges of memory.
   int32_t (*query_mem)(const struct NlfEngineHandle *engine,
                        int32_t mem,
-                       const struct NlfBlobDesc *descs,
-                       size_t descs_len,
+                       struct NlfSlice_BlobDesc descs,
                        struct NlfQuerySink sink);
 } NlfEngineOps;
 

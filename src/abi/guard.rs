@@ -4,8 +4,11 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::error::{Error, Result, Status};
+use crate::error::{Result, Status};
 use crate::types::AgentName;
+
+/// Where lines of the boundary come from, for operators: not a module of ours.
+pub const LOG: &str = "nixl_libfabric";
 
 /// Runs `body`; a panic comes back as its message.
 pub fn catch<T>(body: impl FnOnce() -> T) -> std::result::Result<T, String> {
@@ -46,16 +49,41 @@ impl Guard {
         self.poisoned.load(Ordering::Acquire)
     }
 
-    /// Runs one call of NIXL's, named `call`. An error has been logged when its status comes back.
+    /// Runs one call of NIXL's, named `call`. When a status comes back, its error has been logged.
     pub fn run<T>(&self, call: &str, body: impl FnOnce() -> Result<T>) -> std::result::Result<T, Status> {
+        self.run_at(call, body, |status| match status {
+            // What the peer did, or what this backend does not offer: the caller decides how bad it is.
+            Status::NotSupported | Status::RemoteDisconnect | Status::Canceled => log::Level::Warn,
+            _ => log::Level::Error,
+        })
+    }
+
+    /// The same for a call whose failure is always an error.
+    pub fn run_or_error<T>(
+        &self,
+        call: &str,
+        body: impl FnOnce() -> Result<T>,
+    ) -> std::result::Result<T, Status> {
+        self.run_at(call, body, |_| log::Level::Error)
+    }
+
+    fn run_at<T>(
+        &self,
+        call: &str,
+        body: impl FnOnce() -> Result<T>,
+        level: impl FnOnce(Status) -> log::Level,
+    ) -> std::result::Result<T, Status> {
         if self.is_poisoned() {
+            // A refused call may own a handle that NIXL gave back, and dropping that may panic.
+            self.discard(call, body);
             return Err(Status::Backend);
         }
         match catch(body) {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(error)) => {
-                self.log(call, &error);
-                Err(error.status())
+                let status = error.status();
+                log::log!(target: LOG, level(status), "agent \"{}\": {call}: {error}", self.agent);
+                Err(status)
             }
             Err(message) => {
                 self.poison(call, &message);
@@ -64,7 +92,7 @@ impl Guard {
         }
     }
 
-    /// Drops what NIXL gives back to an engine that takes no calls any more.
+    /// Drops what takes no further calls.
     pub fn discard<T>(&self, call: &str, value: T) {
         if let Err(message) = catch(|| drop(value)) {
             self.poison(call, &message);
@@ -75,20 +103,12 @@ impl Guard {
         // One line for the first panic: later calls are refused because of it, and callers poll.
         if !self.poisoned.swap(true, Ordering::AcqRel) {
             log::error!(
+                target: LOG,
                 "agent \"{}\": {call}: the plugin panicked ({message}); this backend refuses all further calls, \
                  restart the process and report the panic",
                 self.agent
             );
         }
-    }
-
-    fn log(&self, call: &str, error: &Error) {
-        let level = match error.status() {
-            // What the fabric or the peer did, or what this backend does not offer: the caller decides how bad it is.
-            Status::NotSupported | Status::RemoteDisconnect | Status::Canceled => log::Level::Warn,
-            _ => log::Level::Error,
-        };
-        log::log!(level, "agent \"{}\": {call}: {error}", self.agent);
     }
 }
 
@@ -123,15 +143,29 @@ mod tests {
         assert_eq!(guard.run("connect", || Ok(1)), Ok(1));
         assert_eq!(guard.run::<()>("connect", || panic!("bug")), Err(Status::Backend));
         assert!(guard.is_poisoned());
-        let mut ran = false;
-        assert_eq!(guard.run("connect", || Ok(ran = true)), Err(Status::Backend));
-        assert!(!ran, "a poisoned engine was called");
+        let refused = guard.run::<()>("connect", || unreachable!("a poisoned engine was called"));
+        assert_eq!(refused, Err(Status::Backend));
     }
 
     #[test]
     fn a_panic_while_dropping_ends_the_engine() {
         let guard = Guard::new("a".into());
-        guard.discard("deregisterMem", PanicsOnDrop);
+        guard.discard("destroy_engine", PanicsOnDrop);
         assert!(guard.is_poisoned());
+    }
+
+    #[test]
+    fn a_refused_call_drops_what_it_owns() {
+        let guard = Guard::new("a".into());
+        assert_eq!(guard.run::<()>("connect", || panic!("bug")), Err(Status::Backend));
+        let handle = std::sync::Arc::new(());
+        let owned = std::sync::Arc::clone(&handle);
+        let panics = PanicsOnDrop;
+        let refused = guard.run("deregisterMem", move || {
+            let _owned = (&owned, &panics);
+            Ok(())
+        });
+        assert_eq!(refused, Err(Status::Backend));
+        assert_eq!(std::sync::Arc::strong_count(&handle), 1);
     }
 }

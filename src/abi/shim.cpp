@@ -54,7 +54,7 @@ std::string text(NlfBytes bytes) { return {reinterpret_cast<const char *>(bytes.
 NlfBasicDesc range(const nixl_abi::BasicDesc &desc) { return {desc.addr, desc.len, desc.devId}; }
 
 // A C++ object's base is at its start, so that a list of NIXL's is a list of Rust's.
-NlfMetaDescs list(const nixl_abi::MetaDescs &descs) {
+NlfSlice_MetaDesc list(const nixl_abi::MetaDescs &descs) {
     return {reinterpret_cast<const NlfMetaDesc *>(descs.descs.data()), descs.descs.size()};
 }
 
@@ -109,16 +109,16 @@ static bool put_notification(void *out, NlfPair pair) {
     });
 }
 
-static bool put_query_entry(void *out, bool present) {
+static bool begin_answer(void *out, bool known) {
     return stored([&] {
-        auto &entry = static_cast<nixl_abi::QueryAnswers *>(out)->emplace_back();
-        if (present) {
-            entry.emplace();
+        auto &answer = static_cast<nixl_abi::QueryAnswers *>(out)->emplace_back();
+        if (known) {
+            answer.emplace();
         }
     });
 }
 
-static bool put_query_attribute(void *out, NlfPair pair) {
+static bool put_attribute(void *out, NlfPair pair) {
     return stored([&] {
         static_cast<nixl_abi::QueryAnswers *>(out)->back().value().emplace(text(pair.key), text(pair.value));
     });
@@ -257,8 +257,8 @@ class Engine final : public nixl_abi::BackendEngine {
     Status queryMem(const nixl_abi::RegDescs &descs, nixl_abi::QueryAnswers &out) const override {
         return guarded([&] {
             return ops->query_mem(engine(), static_cast<int>(descs.mem),
-                                  reinterpret_cast<const NlfBlobDesc *>(descs.descs.data()), descs.descs.size(),
-                                  {&out, put_query_entry, put_query_attribute});
+                                  {reinterpret_cast<const NlfBlobDesc *>(descs.descs.data()), descs.descs.size()},
+                                  {&out, begin_answer, {&out, put_attribute}});
         });
     }
 
@@ -307,8 +307,8 @@ nixl_abi::BackendEngine *create_engine(const nixl_abi::InitParams *init) noexcep
                 options.push_back({bytes(key), bytes(value)});
             }
         }
-        const NlfCreateParams params = {bytes(init->localAgent), options.data(), options.size(),
-                                        init->enableProgTh, init->pthrDelay};
+        const NlfCreateParams params = {bytes(init->localAgent), {options.data(), options.size()}, init->enableProgTh,
+                                        init->pthrDelay};
         EnginePtr engine(ops->create(&params));
         return engine ? new Engine(*init, std::move(engine)) : nullptr;
     } catch (...) {
