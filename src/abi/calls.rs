@@ -96,7 +96,7 @@ fn metadata_of(handle: Option<&MetadataHandle>) -> Result<&Arc<Metadata>> {
     handle.map(|handle| &handle.0).ok_or_else(|| Error::invalid("NIXL passed no memory metadata"))
 }
 
-fn request_of(handle: Option<&RequestHandle>) -> Result<&Arc<Request>> {
+fn request_of(handle: Option<&RequestHandle>) -> Result<&Request> {
     handle.map(|handle| &handle.0).ok_or_else(|| Error::invalid("NIXL passed no request"))
 }
 
@@ -193,7 +193,7 @@ unsafe extern "C" fn register_mem(
 
 extern "C" fn deregister_mem(engine: &EngineHandle, metadata: Option<Box<MetadataHandle>>) -> i32 {
     // NIXL forgets the handle whatever the status, so it ends here in any case.
-    engine.status("deregisterMem", move |engine| engine.deregister_mem(taken_back(metadata)?.0))
+    engine.status("deregisterMem", move |engine| engine.deregister_mem(&taken_back(metadata)?.0))
 }
 
 extern "C" fn public_data(engine: &EngineHandle, metadata: Option<&MetadataHandle>, sink: BytesSink) -> i32 {

@@ -21,7 +21,7 @@ pub struct EngineHandle {
 pub struct MetadataHandle(pub(super) Arc<Metadata>);
 
 /// One share of a transfer request.
-pub struct RequestHandle(pub(super) Arc<Request>);
+pub struct RequestHandle(pub(super) Request);
 
 /// Elements that the caller lends for the length of one call.
 #[repr(C)]

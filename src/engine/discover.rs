@@ -5,10 +5,15 @@ use crate::error::{Error, Result};
 use crate::fabric::{AddrFormat, Device, Libfabric, Query, efa};
 use crate::types::MemKind;
 
-/// Providers that move data through the kernel or the processor, best first. All others are taken for hardware.
-const SOFTWARE: &[&str] = &["tcp", "tcp;ofi_rxm", "sockets", "udp;ofi_rxd", "net", "shm", "sm2"];
+/// Core providers that move data through the kernel or the processor, best first. Utility providers stand behind
+/// them after a semicolon (`tcp;ofi_rxm`). All others are taken for hardware.
+const SOFTWARE: &[&str] = &["tcp", "net", "sockets", "udp", "shm", "sm2"];
 /// Software providers that are only used when they are asked for: they do not reach another host.
 const ON_REQUEST_ONLY: &[&str] = &["shm", "sm2"];
+
+fn core_name(provider: &str) -> &str {
+    provider.split(';').next().unwrap_or(provider)
+}
 
 /// Devices of one provider, each once.
 #[derive(Debug)]
@@ -63,29 +68,26 @@ pub(super) fn find(library: &Libfabric, config: &Config) -> Result<Found> {
             "no RDMA device was found: data goes through the kernel over {chosen} on {}. Set require_rdma to refuse \
              that, or FI_PROVIDER={} to be silent about it",
             names(&devices),
-            chosen.split(';').next().unwrap_or(&chosen)
+            core_name(&chosen)
         );
     }
     Ok(Found { devices, software, delivery_complete: query.delivery_complete })
 }
 
 fn is_software(provider: &str) -> bool {
-    SOFTWARE.contains(&provider)
+    SOFTWARE.contains(&core_name(provider))
 }
 
 /// efa first, then other hardware in libfabric's order, then software.
 fn choose_provider<'a>(offered: impl Iterator<Item = &'a str>, asked: bool) -> Option<&'a str> {
     let rank = |provider: &str| {
         if efa::is_efa(provider) {
-            0
-        } else if is_software(provider) {
-            2 + SOFTWARE.iter().position(|p| *p == provider).unwrap_or(SOFTWARE.len())
-        } else {
-            1
+            return 0;
         }
+        SOFTWARE.iter().position(|name| *name == core_name(provider)).map_or(1, |place| 2 + place)
     };
     offered
-        .filter(|provider| asked || !ON_REQUEST_ONLY.contains(provider))
+        .filter(|provider| asked || !ON_REQUEST_ONLY.contains(&core_name(provider)))
         .min_by_key(|provider| rank(provider))
 }
 
@@ -170,6 +172,7 @@ mod tests {
             Some("verbs;ofi_rxm")
         );
         assert_eq!(choose(&["shm", "sockets", "tcp"], false).as_deref(), Some("tcp"));
+        assert_eq!(choose(&["net;ofi_rxm", "tcp;ofi_rxm"], false).as_deref(), Some("tcp;ofi_rxm"));
         assert_eq!(choose(&["shm"], false), None);
         assert_eq!(choose(&["shm"], true).as_deref(), Some("shm"));
         assert_eq!(choose(&[], true), None);
