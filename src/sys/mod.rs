@@ -1,6 +1,8 @@
 //! Foreign tables loaded at run time: libfabric, hwloc, libcuda. The only foreign struct layouts.
 
+pub mod cuda;
 pub mod dl;
 pub mod event;
 pub mod libfabric;
+pub mod nrt;
 pub mod thread;

@@ -1,0 +1,574 @@
+// A stand-in for libcuda.so.1: devices, contexts and memory that exist only here, for tests without a GPU.
+//
+// It keeps the rules of the driver that our code could break: a context stack for each thread, calls that need a
+// current context, primary contexts that come into being when retained, memory kinds and their attributes, copies that
+// finish only after they were asked for, captures that an unsafe call ruins. It writes down each call.
+// "Device memory" is host memory, so copies move real bytes.
+//
+// A test drives it through the standin_ functions at the end. For a whole process: CUDA_STANDIN_DEVICES=n,
+// CUDA_STANDIN_FAIL=call:nth:code, CUDA_STANDIN_LOG=path (calls are appended).
+//
+// With -DWITH_CUDA_H the compiler compares each prototype and number here with NVIDIA's header.
+
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#ifdef WITH_CUDA_H
+#include <cuda.h>
+#else
+typedef unsigned int CUresult, CUdevice_attribute, CUpointer_attribute, CUmemRangeHandleType, CUstreamCaptureMode;
+typedef int CUdevice;
+typedef unsigned long long CUdeviceptr, CUmemGenericAllocationHandle;
+typedef struct CUctx_st *CUcontext;
+typedef struct CUstream_st *CUstream;
+typedef struct CUevent_st *CUevent;
+typedef struct {
+    unsigned int type, requestedHandleTypes;
+    struct { unsigned int type; int id; } location;
+    void *win32HandleMetaData;
+    struct { unsigned char compressionType, gpuDirectRDMACapable; unsigned short usage; unsigned char reserved[4]; } allocFlags;
+} CUmemAllocationProp;
+enum {
+    CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1, CUDA_ERROR_OUT_OF_MEMORY = 2, CUDA_ERROR_NO_DEVICE = 100,
+    CUDA_ERROR_INVALID_DEVICE = 101, CUDA_ERROR_INVALID_CONTEXT = 201, CUDA_ERROR_INVALID_HANDLE = 400,
+    CUDA_ERROR_NOT_FOUND = 500, CUDA_ERROR_NOT_READY = 600, CUDA_ERROR_ILLEGAL_ADDRESS = 700,
+    CUDA_ERROR_NOT_SUPPORTED = 801, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900,
+    CU_POINTER_ATTRIBUTE_CONTEXT = 1, CU_POINTER_ATTRIBUTE_MEMORY_TYPE = 2, CU_POINTER_ATTRIBUTE_SYNC_MEMOPS = 6,
+    CU_POINTER_ATTRIBUTE_IS_MANAGED = 8, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9,
+    CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE = 10, CU_POINTER_ATTRIBUTE_IS_GPU_DIRECT_RDMA_CAPABLE = 15,
+    CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE = 17, CU_POINTER_ATTRIBUTE_MAPPING_SIZE = 18,
+    CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR = 19,
+    CU_MEMORYTYPE_HOST = 1, CU_MEMORYTYPE_DEVICE = 2,
+    CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_SUPPORTED = 116, CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED = 124,
+    CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD = 1, CU_MEM_RANGE_FLAG_DMA_BUF_MAPPING_TYPE_PCIE = 1,
+    CU_MEM_LOCATION_TYPE_DEVICE = 1, CU_MEM_LOCATION_TYPE_HOST_NUMA = 3, CU_MEM_ALLOCATION_TYPE_PINNED = 1,
+    CU_STREAM_CAPTURE_MODE_GLOBAL = 0, CU_STREAM_CAPTURE_MODE_RELAXED = 2,
+};
+#endif
+
+enum { DEVICES_MAX = 8, STACK_MAX = 32, PIECES_MAX = 4096, OPS_MAX = 256, LOG_BYTES_MAX = 1 << 20, PAGE = 4096 };
+
+// Kinds of memory, as tests/cuda_bed/mod.rs numbers them.
+enum kind { DEVICE, IMPORTED, ASYNC, VMM, MANAGED, HOST, VMM_ON_HOST };
+
+struct CUctx_st { int device; int alive; char name[16]; };
+struct op { void *dst; const void *src; size_t bytes; };
+struct CUstream_st { CUcontext ctx; struct op ops[OPS_MAX]; unsigned long queued, done; int polls_left; };
+struct CUevent_st { CUcontext ctx; CUstream stream; unsigned long mark; };
+struct piece { uintptr_t base; size_t size; enum kind kind; int device; CUcontext ctx; int sync_memops; };
+
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+static int initialised, device_count = 2;
+static struct { struct CUctx_st ctx; int refs; } primary[DEVICES_MAX];
+static int contexts_created, contexts_made, live_streams, live_events, live_pinned, live_handles;
+static struct piece pieces[PIECES_MAX];
+static int piece_count;
+static char call_log[LOG_BYTES_MAX];
+static size_t log_len;
+static const char *log_path;
+static struct { char call[64]; int nth, seen; CUresult code; } fault;
+static long calls_total;
+static int capturing, capture_ruined;
+static struct { int dmabuf, dmabuf_across, pcie_flag, gdr, polls; } option = { 1, 1, 1, 1, 3 };
+
+static __thread CUcontext stack[STACK_MAX];
+static __thread int depth;
+static __thread CUstreamCaptureMode capture_mode;
+
+static int lock(void) { pthread_mutex_lock(&mutex); return 0; }
+static void unlock(int *unused) { (void)unused; pthread_mutex_unlock(&mutex); }
+#define LOCKED __attribute__((cleanup(unlock), unused)) int locked_ = lock()
+
+static const char *name(CUcontext ctx) { return ctx ? ctx->name : "none"; }
+static CUcontext top(void) { return depth ? stack[depth - 1] : NULL; }
+
+// Writes a call down; the result is what it has to fail with.
+__attribute__((format(printf, 2, 3)))
+static CUresult enter(const char *call, const char *format, ...) {
+    char line[256];
+    int used = snprintf(line, sizeof line, "%d %s", gettid(), call);
+    if (*format) {
+        va_list args;
+        va_start(args, format);
+        used += snprintf(line + used, sizeof line - used, " ");
+        vsnprintf(line + used, sizeof line - used, format, args);
+        va_end(args);
+    }
+    size_t len = strlen(line);
+    if (log_len + len + 2 < LOG_BYTES_MAX) {
+        memcpy(call_log + log_len, line, len);
+        call_log[log_len + len] = '\n';
+        log_len += len + 1;
+    }
+    if (log_path) {
+        FILE *file = fopen(log_path, "a");
+        if (file) {
+            fprintf(file, "%s\n", line);
+            fclose(file);
+        }
+    }
+    calls_total++;
+    if (fault.nth && (!strcmp(fault.call, "*") || !strcmp(fault.call, call)) && ++fault.seen == fault.nth)
+        return fault.code;
+    return initialised || !strcmp(call, "cuInit") ? CUDA_SUCCESS : 3;
+}
+#define ENTER(call, ...) \
+    LOCKED; \
+    do { \
+        CUresult rc_ = enter(call, __VA_ARGS__); \
+        if (rc_ != CUDA_SUCCESS) return rc_; \
+    } while (0)
+#define NEED_CONTEXT() \
+    if (!top() || !top()->alive) return CUDA_ERROR_INVALID_CONTEXT
+// What CUDA calls a potentially unsafe call while a thread captures in the global mode.
+#define UNSAFE_IN_CAPTURE() \
+    if (capturing && capture_mode != CU_STREAM_CAPTURE_MODE_RELAXED) { \
+        capture_ruined = 1; \
+        return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED; \
+    }
+
+__attribute__((constructor)) static void from_environment(void) {
+    const char *text = getenv("CUDA_STANDIN_DEVICES");
+    if (text) device_count = atoi(text) < DEVICES_MAX ? atoi(text) : DEVICES_MAX;
+    log_path = getenv("CUDA_STANDIN_LOG");
+    text = getenv("CUDA_STANDIN_FAIL");
+    if (text) sscanf(text, "%63[^:]:%d:%u", fault.call, &fault.nth, (unsigned *)&fault.code);
+    for (int i = 0; i < DEVICES_MAX; i++) {
+        primary[i].ctx.device = i;
+        snprintf(primary[i].ctx.name, sizeof primary[i].ctx.name, "primary%d", i);
+    }
+}
+
+static struct piece *find(uintptr_t addr) {
+    for (int i = 0; i < piece_count; i++)
+        if (addr >= pieces[i].base && addr < pieces[i].base + pieces[i].size) return &pieces[i];
+    return NULL;
+}
+
+CUresult cuInit(unsigned int flags) {
+    ENTER("cuInit", "%s", "");
+    (void)flags;
+    if (!device_count) return CUDA_ERROR_NO_DEVICE;
+    initialised = 1;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDriverGetVersion(int *version) {
+    *version = 12090;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuGetErrorName(CUresult error, const char **text) {
+    static __thread char buffer[32];
+    snprintf(buffer, sizeof buffer, "STANDIN_ERROR_%u", (unsigned)error);
+    *text = buffer;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuGetErrorString(CUresult error, const char **text) {
+    (void)error;
+    *text = "told to fail";
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceGetCount(int *count) {
+    ENTER("cuDeviceGetCount", "%s", "");
+    *count = device_count;
+    return CUDA_SUCCESS;
+}
+
+// Handles differ from ordinals, so that mixing them up shows.
+enum { HANDLE_BASE = 40 };
+static int ordinal(CUdevice device) { return device - HANDLE_BASE; }
+#define NEED_DEVICE(device) \
+    if (ordinal(device) < 0 || ordinal(device) >= device_count) return CUDA_ERROR_INVALID_DEVICE
+
+CUresult cuDeviceGet(CUdevice *device, int number) {
+    ENTER("cuDeviceGet", "%d", number);
+    if (number < 0 || number >= device_count) return CUDA_ERROR_INVALID_DEVICE;
+    *device = number + HANDLE_BASE;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
+    ENTER("cuDeviceGetAttribute", "%d", (int)attribute);
+    NEED_DEVICE(device);
+    switch ((int)attribute) {
+    case CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED: *value = option.dmabuf; return CUDA_SUCCESS;
+    case CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_SUPPORTED: *value = option.gdr; return CUDA_SUCCESS;
+    default: return CUDA_ERROR_INVALID_VALUE;
+    }
+}
+
+CUresult cuDeviceGetName(char *text, int len, CUdevice device) {
+    ENTER("cuDeviceGetName", "%s", "");
+    NEED_DEVICE(device);
+    snprintf(text, len, "Stand-in GPU %d", ordinal(device));
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceGetPCIBusId(char *text, int len, CUdevice device) {
+    ENTER("cuDeviceGetPCIBusId", "%s", "");
+    NEED_DEVICE(device);
+    snprintf(text, len, "0000:%02X:00.0", 0x1a + ordinal(device));
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned int *flags, int *active) {
+    ENTER("cuDevicePrimaryCtxGetState", "%d", ordinal(device));
+    NEED_DEVICE(device);
+    *flags = 0;
+    *active = primary[ordinal(device)].refs > 0;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDevicePrimaryCtxRetain(CUcontext *ctx, CUdevice device) {
+    ENTER("cuDevicePrimaryCtxRetain", "%d", ordinal(device));
+    NEED_DEVICE(device);
+    if (primary[ordinal(device)].refs++ == 0) contexts_created++;
+    primary[ordinal(device)].ctx.alive = 1;
+    *ctx = &primary[ordinal(device)].ctx;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
+    ENTER("cuDevicePrimaryCtxRelease", "%d", ordinal(device));
+    NEED_DEVICE(device);
+    if (primary[ordinal(device)].refs == 0) return CUDA_ERROR_INVALID_CONTEXT;
+    if (--primary[ordinal(device)].refs == 0) primary[ordinal(device)].ctx.alive = 0;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuCtxPushCurrent_v2(CUcontext ctx) {
+    ENTER("cuCtxPushCurrent", "%s", name(ctx));
+    if (!ctx || !ctx->alive || depth == STACK_MAX) return CUDA_ERROR_INVALID_CONTEXT;
+    stack[depth++] = ctx;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuCtxPopCurrent_v2(CUcontext *ctx) {
+    ENTER("cuCtxPopCurrent", "%s", name(top()));
+    if (!depth) return CUDA_ERROR_INVALID_CONTEXT;
+    *ctx = stack[--depth];
+    return CUDA_SUCCESS;
+}
+
+CUresult cuCtxGetCurrent(CUcontext *ctx) {
+    ENTER("cuCtxGetCurrent", "%s", "");
+    *ctx = top();
+    return CUDA_SUCCESS;
+}
+
+CUresult cuCtxSetCurrent(CUcontext ctx) {
+    ENTER("cuCtxSetCurrent", "%s", name(ctx));
+    if (depth) depth--;
+    if (ctx) stack[depth++] = ctx;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode *mode) {
+    ENTER("cuThreadExchangeStreamCaptureMode", "%d", (int)*mode);
+    CUstreamCaptureMode before = capture_mode;
+    capture_mode = *mode;
+    *mode = before;
+    return CUDA_SUCCESS;
+}
+
+static CUresult attribute_of(void *data, CUpointer_attribute attribute, const struct piece *p) {
+    switch ((int)attribute) {
+    case CU_POINTER_ATTRIBUTE_CONTEXT: *(CUcontext *)data = p->ctx; break;
+    case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
+        *(unsigned *)data = p->kind == HOST || p->kind == VMM_ON_HOST ? CU_MEMORYTYPE_HOST : CU_MEMORYTYPE_DEVICE;
+        break;
+    case CU_POINTER_ATTRIBUTE_IS_MANAGED: *(unsigned char *)data = p->kind == MANAGED; break;
+    case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: *(int *)data = p->device; break;
+    case CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE: *(unsigned char *)data = p->kind == DEVICE; break;
+    case CU_POINTER_ATTRIBUTE_IS_GPU_DIRECT_RDMA_CAPABLE: *(unsigned char *)data = 1; break;
+    case CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE: *(void **)data = p->kind == ASYNC ? (void *)0x5000 : NULL; break;
+    case CU_POINTER_ATTRIBUTE_MAPPING_SIZE: *(size_t *)data = p->size; break;
+    case CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR: *(CUdeviceptr *)data = p->base; break;
+    default: return CUDA_ERROR_INVALID_VALUE;
+    }
+    return CUDA_SUCCESS;
+}
+
+CUresult cuPointerGetAttributes(unsigned int n, CUpointer_attribute *attributes, void **data, CUdeviceptr addr) {
+    ENTER("cuPointerGetAttributes", "%u", n);
+    const struct piece *p = find(addr);
+    for (unsigned i = 0; p && i < n; i++) {
+        CUresult rc = attribute_of(data[i], attributes[i], p);
+        if (rc != CUDA_SUCCESS) return rc;
+    }
+    return CUDA_SUCCESS;
+}
+
+CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr addr) {
+    ENTER("cuPointerGetAttribute", "%d", (int)attribute);
+    const struct piece *p = find(addr);
+    return p ? attribute_of(data, attribute, p) : CUDA_ERROR_INVALID_VALUE;
+}
+
+CUresult cuPointerSetAttribute(const void *value, CUpointer_attribute attribute, CUdeviceptr addr) {
+    ENTER("cuPointerSetAttribute", "%d", (int)attribute);
+    NEED_CONTEXT();
+    struct piece *p = find(addr);
+    if (!p || attribute != CU_POINTER_ATTRIBUTE_SYNC_MEMOPS || p->kind == VMM) return CUDA_ERROR_INVALID_VALUE;
+    p->sync_memops = *(const unsigned *)value;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemGetAddressRange_v2(CUdeviceptr *base, size_t *size, CUdeviceptr addr) {
+    ENTER("cuMemGetAddressRange", "%s", name(top()));
+    NEED_CONTEXT();
+    const struct piece *p = find(addr);
+    if (!p) return CUDA_ERROR_NOT_FOUND;
+    *base = p->base;
+    *size = p->size;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle *handle, void *addr) {
+    ENTER("cuMemRetainAllocationHandle", "%s", "");
+    const struct piece *p = find((uintptr_t)addr);
+    if (!p || (p->kind != VMM && p->kind != VMM_ON_HOST)) return CUDA_ERROR_INVALID_VALUE;
+    *handle = p - pieces + 1;
+    live_handles++;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemGetAllocationPropertiesFromHandle(CUmemAllocationProp *prop, CUmemGenericAllocationHandle handle) {
+    ENTER("cuMemGetAllocationPropertiesFromHandle", "%s", "");
+    const struct piece *p = &pieces[handle - 1];
+    memset(prop, 0, sizeof *prop);
+    prop->type = CU_MEM_ALLOCATION_TYPE_PINNED;
+    prop->location.type = p->kind == VMM ? CU_MEM_LOCATION_TYPE_DEVICE : CU_MEM_LOCATION_TYPE_HOST_NUMA;
+    prop->location.id = p->device;
+    prop->allocFlags.gpuDirectRDMACapable = 1;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
+    ENTER("cuMemRelease", "%s", "");
+    (void)handle;
+    live_handles--;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemGetHandleForAddressRange(void *handle, CUdeviceptr addr, size_t size, CUmemRangeHandleType type,
+                                       unsigned long long flags) {
+    ENTER("cuMemGetHandleForAddressRange", "%s size=%zu flags=%llu", name(top()), size, flags);
+    if (type != CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD || addr % PAGE || size % PAGE || !size)
+        return CUDA_ERROR_INVALID_VALUE;
+    if (!option.dmabuf || (flags && !option.pcie_flag)) return CUDA_ERROR_NOT_SUPPORTED;
+    int touched = 0;
+    for (int i = 0; i < piece_count; i++) {
+        const struct piece *p = &pieces[i];
+        if (p->base < addr + size && p->base + p->size > addr) {
+            if (p->kind == MANAGED || p->kind == HOST || p->kind == VMM_ON_HOST) return CUDA_ERROR_INVALID_VALUE;
+            touched++;
+        }
+    }
+    if (!touched || (touched > 1 && !option.dmabuf_across)) return CUDA_ERROR_INVALID_VALUE;
+    char tag[64];
+    snprintf(tag, sizeof tag, "cuda-standin-%p", (void *)&mutex);
+    int fd = memfd_create(tag, MFD_CLOEXEC);
+    if (fd < 0) return CUDA_ERROR_OUT_OF_MEMORY;
+    *(int *)handle = fd;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemHostAlloc(void **base, size_t bytes, unsigned int flags) {
+    ENTER("cuMemHostAlloc", "%s flags=%u", name(top()), flags);
+    NEED_CONTEXT();
+    UNSAFE_IN_CAPTURE();
+    *base = malloc(bytes);
+    if (!*base) return CUDA_ERROR_OUT_OF_MEMORY;
+    live_pinned++;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemFreeHost(void *base) {
+    ENTER("cuMemFreeHost", "%s", name(top()));
+    NEED_CONTEXT();
+    free(base);
+    live_pinned--;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuStreamCreate(CUstream *stream, unsigned int flags) {
+    ENTER("cuStreamCreate", "%s flags=%u", name(top()), flags);
+    NEED_CONTEXT();
+    *stream = calloc(1, sizeof **stream);
+    (*stream)->ctx = top();
+    live_streams++;
+    return CUDA_SUCCESS;
+}
+
+// Does the oldest copy once it has been asked for often enough.
+static void advance(CUstream stream) {
+    if (stream->done == stream->queued || --stream->polls_left > 0) return;
+    const struct op *op = &stream->ops[stream->done++ % OPS_MAX];
+    memcpy(op->dst, op->src, op->bytes);
+    stream->polls_left = option.polls;
+}
+
+CUresult cuStreamQuery(CUstream stream) {
+    ENTER("cuStreamQuery", "%s", name(top()));
+    NEED_CONTEXT();
+    UNSAFE_IN_CAPTURE();
+    advance(stream);
+    return stream->done == stream->queued ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
+}
+
+CUresult cuStreamDestroy_v2(CUstream stream) {
+    ENTER("cuStreamDestroy", "%s queued=%lu", name(top()), stream->queued - stream->done);
+    NEED_CONTEXT();
+    live_streams--;
+    free(stream);
+    return CUDA_SUCCESS;
+}
+
+CUresult cuEventCreate(CUevent *event, unsigned int flags) {
+    ENTER("cuEventCreate", "%s flags=%u", name(top()), flags);
+    NEED_CONTEXT();
+    *event = calloc(1, sizeof **event);
+    (*event)->ctx = top();
+    live_events++;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuEventRecord(CUevent event, CUstream stream) {
+    ENTER("cuEventRecord", "%s", name(top()));
+    NEED_CONTEXT();
+    if (event->ctx != stream->ctx) return CUDA_ERROR_INVALID_HANDLE;
+    event->stream = stream;
+    event->mark = stream->queued;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuEventQuery(CUevent event) {
+    ENTER("cuEventQuery", "%s", name(top()));
+    NEED_CONTEXT();
+    UNSAFE_IN_CAPTURE();
+    if (!event->stream) return CUDA_SUCCESS;
+    if (event->stream->done < event->mark) advance(event->stream);
+    return event->stream->done >= event->mark ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
+}
+
+CUresult cuEventDestroy_v2(CUevent event) {
+    ENTER("cuEventDestroy", "%s", name(top()));
+    NEED_CONTEXT();
+    live_events--;
+    free(event);
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemcpyAsync(CUdeviceptr dst, CUdeviceptr src, size_t bytes, CUstream stream) {
+    ENTER("cuMemcpyAsync", "%s bytes=%zu", name(top()), bytes);
+    NEED_CONTEXT();
+    if (stream->ctx != top()) return CUDA_ERROR_INVALID_HANDLE;
+    if (stream->queued - stream->done == OPS_MAX) return CUDA_ERROR_OUT_OF_MEMORY;
+    if (stream->queued == stream->done) stream->polls_left = option.polls;
+    struct op op = { (void *)(uintptr_t)dst, (const void *)(uintptr_t)src, bytes };
+    stream->ops[stream->queued++ % OPS_MAX] = op;
+    return CUDA_SUCCESS;
+}
+
+// ---- the test's side ----
+
+// What an application does when it uses a device: its primary context comes into being and is kept.
+CUcontext standin_app_uses(int device) {
+    LOCKED;
+    primary[device].refs++;
+    primary[device].ctx.alive = 1;
+    return &primary[device].ctx;
+}
+
+// cuCtxCreate of the application, which leaves nothing current.
+CUcontext standin_app_context(int device) {
+    LOCKED;
+    CUcontext ctx = calloc(1, sizeof *ctx);
+    ctx->device = device;
+    ctx->alive = 1;
+    snprintf(ctx->name, sizeof ctx->name, "own%d", contexts_made++);
+    return ctx;
+}
+
+// Makes a context the only one on the calling thread's stack; NULL empties the stack.
+void standin_app_current(CUcontext ctx) {
+    depth = 0;
+    if (ctx) stack[depth++] = ctx;
+}
+
+int standin_depth(void) { return depth; }
+CUcontext standin_current(void) { return top(); }
+int standin_capture_mode(void) { return (int)capture_mode; }
+
+// Memory made of consecutive handles, one for each size; device -1 leaves a hole. Sizes are in bytes.
+uint64_t standin_map(int kind, const size_t *sizes, const int *devices, int count, CUcontext ctx) {
+    LOCKED;
+    size_t total = 0;
+    for (int i = 0; i < count; i++) total += sizes[i];
+    char *base = mmap(NULL, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED || piece_count + count > PIECES_MAX) return 0;
+    char *at = base;
+    for (int i = 0; i < count; at += sizes[i++]) {
+        if (devices[i] < 0) continue;
+        struct piece p = { (uintptr_t)at, sizes[i], (enum kind)kind, devices[i], ctx, 0 };
+        pieces[piece_count++] = p;
+    }
+    return (uintptr_t)base;
+}
+
+// Fails the nth call (from 1 on) of a name from now on, or of any name ("*"); nth 0 fails none.
+void standin_fail(const char *call, int nth, unsigned code) {
+    LOCKED;
+    snprintf(fault.call, sizeof fault.call, "%s", call);
+    fault.nth = nth;
+    fault.seen = 0;
+    fault.code = (CUresult)code;
+}
+
+void standin_option(const char *key, int value) {
+    LOCKED;
+    if (!strcmp(key, "dmabuf")) option.dmabuf = value;
+    else if (!strcmp(key, "dmabuf_across")) option.dmabuf_across = value;
+    else if (!strcmp(key, "pcie_flag")) option.pcie_flag = value;
+    else if (!strcmp(key, "gdr")) option.gdr = value;
+    else if (!strcmp(key, "polls")) option.polls = value;
+    else if (!strcmp(key, "devices")) device_count = value;
+    else if (!strcmp(key, "capturing")) capturing = value;
+    else abort();
+}
+
+long standin_count(const char *what) {
+    LOCKED;
+    if (!strcmp(what, "calls")) return calls_total;
+    if (!strcmp(what, "contexts_created")) return contexts_created;
+    if (!strcmp(what, "streams")) return live_streams;
+    if (!strcmp(what, "events")) return live_events;
+    if (!strcmp(what, "pinned")) return live_pinned;
+    if (!strcmp(what, "handles")) return live_handles;
+    if (!strcmp(what, "capture_ruined")) return capture_ruined;
+    if (!strncmp(what, "primary", 7)) return primary[atoi(what + 7)].refs;
+    abort();
+}
+
+// Copies the log, one call a line as "thread call arguments", and forgets it. Returns its length.
+size_t standin_take_log(char *into, size_t cap) {
+    LOCKED;
+    size_t len = log_len < cap ? log_len : cap;
+    memcpy(into, call_log, len);
+    log_len = 0;
+    return len;
+}
+
+// The part of a dmabuf's name in /proc/self/fd that belongs to this copy of the library.
+const void *standin_tag(void) { return &mutex; }

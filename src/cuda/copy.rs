@@ -1,0 +1,362 @@
+//! Copies on a stream of our own, polled by whoever drives progress, and page-locked host memory.
+
+use std::ffi::c_void;
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::{Context, describe};
+use crate::error::{Error, Result};
+use crate::sys::cuda::{self as sys, CUevent, CUstream};
+
+/// Most bytes of one page-locked buffer.
+pub const PINNED_BYTES_MAX: usize = 1 << 30;
+
+/// Most idle events that a stream keeps for reuse.
+const IDLE_EVENTS_MAX: usize = 64;
+
+/// How long the end of a stream waits for its copies: far more than any copy takes, so running into it means that the
+/// device is lost.
+const DRAIN_MS_MAX: u64 = 10_000;
+
+/// A range of host or device memory to copy from or to.
+///
+/// Making one is a promise like that of a work request: the range belongs to memory the user registered (or to a
+/// [`Pinned`] buffer), and stays allocated until copies that name it are done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    addr: u64,
+    len: u64,
+}
+
+impl Span {
+    /// The `len` bytes at `addr`, which are registered. `InvalidParam` if they start at zero or wrap.
+    pub fn registered(addr: u64, len: u64) -> Result<Self> {
+        match addr.checked_add(len) {
+            Some(_) if addr != 0 => Ok(Self { addr, len }),
+            _ => Err(Error::invalid(format!("{addr:#x}+{len:#x} is no range of memory"))),
+        }
+    }
+
+    /// `len` bytes of this range from `offset` on. `InvalidParam` if they leave it.
+    pub fn part(self, offset: u64, len: u64) -> Result<Self> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len => Ok(Self { addr: self.addr + offset, len }),
+            _ => Err(Error::invalid(format!("bytes {offset}+{len} are not within a range of {}", self.len))),
+        }
+    }
+
+    /// First address.
+    pub fn addr(self) -> u64 {
+        self.addr
+    }
+
+    /// Length in bytes.
+    pub fn len(self) -> u64 {
+        self.len
+    }
+
+    /// Whether the range has no bytes.
+    pub fn is_empty(self) -> bool {
+        self.len == 0
+    }
+}
+
+/// A stream of our own: its copies wait for no work of the application, not even for the legacy default stream.
+///
+/// Dropping the last use waits for the copies that are queued, so that no memory is freed under them.
+#[derive(Clone)]
+pub struct Stream(Arc<Inner>);
+
+struct Inner {
+    context: Context,
+    stream: CUstream,
+    idle: Mutex<Vec<CUevent>>,
+}
+
+impl Stream {
+    /// A stream in a context. For copies between devices, a context of the source.
+    pub fn new(context: &Context) -> Result<Self> {
+        let cuda = context.cuda();
+        let mut stream = CUstream::NULL;
+        // SAFETY: writes one handle.
+        let rc = context
+            .with(|| unsafe { (cuda.api().stream_create)(&raw mut stream, sys::STREAM_NON_BLOCKING) })?;
+        cuda.check("cuStreamCreate", rc)?;
+        Ok(Self(Arc::new(Inner { context: context.clone(), stream, idle: Mutex::default() })))
+    }
+
+    /// Starts one copy. See [`Stream::copy_all`].
+    pub fn copy(&self, dst: Span, src: Span) -> Result<Copy> {
+        self.copy_all([(dst, src)])
+    }
+
+    /// Starts copies from the second span of each pair to the first; one poll tells when all are done.
+    ///
+    /// Host memory that is not page-locked works, but the call then does the copy itself. An error means that nothing
+    /// is in flight; what fails once something is in flight is told by the [`Copy`] when that has ended.
+    pub fn copy_all(&self, pairs: impl IntoIterator<Item = (Span, Span)>) -> Result<Copy> {
+        self.0.context.with(|| self.start(pairs))?
+    }
+
+    fn start(&self, pairs: impl IntoIterator<Item = (Span, Span)>) -> Result<Copy> {
+        let event = self.0.take_event()?;
+        let mut copy = Copy { stream: self.clone(), event, state: State::Flying, failed: None };
+        let mut queued = 0_u64;
+        for (dst, src) in pairs {
+            match self.0.queue(dst, src) {
+                Ok(()) => queued += 1,
+                Err(why) if queued == 0 => {
+                    copy.state = State::Ended;
+                    return Err(why);
+                }
+                Err(why) => {
+                    copy.failed = Some(why);
+                    break;
+                }
+            }
+        }
+        // SAFETY: both handles are ours and live.
+        let rc = unsafe { (self.0.context.cuda().api().event_record)(event, self.0.stream) };
+        if let Err(why) = self.0.context.cuda().check("cuEventRecord", rc) {
+            // Without an event only the end of the whole stream tells that the copies are over.
+            copy.state = State::Ended;
+            self.0.drain()?;
+            return Err(why);
+        }
+        Ok(copy)
+    }
+
+    /// Copies and waits, at most `timeout`. On a timeout the copy goes on, and the stream's drop waits for it.
+    pub fn copy_wait(&self, dst: Span, src: Span, timeout: Duration) -> Result<()> {
+        self.copy(dst, src)?.wait(timeout)
+    }
+
+    /// The context of the stream.
+    pub fn context(&self) -> &Context {
+        &self.0.context
+    }
+}
+
+impl Inner {
+    /// Queues one copy. Runs in the stream's context.
+    fn queue(&self, dst: Span, src: Span) -> Result<()> {
+        if dst.len != src.len {
+            return Err(Error::invalid(format!("a copy of {} bytes into {}", src.len, dst.len)));
+        }
+        if src.is_empty() {
+            return Ok(());
+        }
+        let cuda = self.context.cuda();
+        // SAFETY: the driver finds by itself what kind of memory the addresses are. Who made the spans promised that
+        // they are allocated, and nothing here holds a reference to them.
+        let rc = unsafe { (cuda.api().memcpy_async)(dst.addr, src.addr, src.len as usize, self.stream) };
+        cuda.check("cuMemcpyAsync", rc).map_err(|e| {
+            e.context(format!("copying {} bytes from {:#x} to {:#x}", src.len, src.addr, dst.addr))
+        })
+    }
+
+    fn take_event(&self) -> Result<CUevent> {
+        if let Some(event) = self.idle_events().pop() {
+            return Ok(event);
+        }
+        let cuda = self.context.cuda();
+        let mut event = CUevent::NULL;
+        // SAFETY: writes one handle.
+        let rc = unsafe { (cuda.api().event_create)(&raw mut event, sys::EVENT_DISABLE_TIMING) };
+        cuda.check("cuEventCreate", rc)?;
+        Ok(event)
+    }
+
+    fn give_event(&self, event: CUevent) {
+        let mut idle = self.idle_events();
+        if idle.len() < IDLE_EVENTS_MAX {
+            idle.push(event);
+            return;
+        }
+        drop(idle);
+        self.report(self.context.with(|| self.destroy_event(event)));
+    }
+
+    fn idle_events(&self) -> MutexGuard<'_, Vec<CUevent>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn destroy_event(&self, event: CUevent) -> Result<()> {
+        let cuda = self.context.cuda();
+        // SAFETY: the handle is ours, live, and given up here. An event that has not happened yet is freed when it has.
+        cuda.check("cuEventDestroy", unsafe { (cuda.api().event_destroy)(event) })
+    }
+
+    /// Waits until the stream is empty. Runs in the stream's context.
+    fn drain(&self) -> Result<()> {
+        let cuda = self.context.cuda();
+        poll_until(Duration::from_millis(DRAIN_MS_MAX), || {
+            // SAFETY: the handle is ours and live.
+            match unsafe { (cuda.api().stream_query)(self.stream) } {
+                sys::ERROR_NOT_READY => Ok(false),
+                rc => cuda.check("cuStreamQuery", rc).map(|()| true),
+            }
+        })
+    }
+
+    fn report(&self, outcome: Result<Result<()>>) {
+        if let Err(why) = outcome.and_then(|inner| inner) {
+            log::warn!("copy stream of CUDA device {}: {why}", self.context.device().ordinal);
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let events = std::mem::take(&mut *self.idle_events());
+        let outcome = self.context.with(|| {
+            self.report(Ok(self.drain()));
+            for event in events {
+                self.report(Ok(self.destroy_event(event)));
+            }
+            let cuda = self.context.cuda();
+            // SAFETY: the handle is ours, live, and given up here.
+            cuda.check("cuStreamDestroy", unsafe { (cuda.api().stream_destroy)(self.stream) })
+        });
+        self.report(outcome);
+    }
+}
+
+/// Copies in flight. Dropping it early leaves them running; the stream waits for them when it ends.
+#[must_use = "the copy is done when it says so"]
+pub struct Copy {
+    stream: Stream,
+    event: CUevent,
+    state: State,
+    failed: Option<Error>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Flying,
+    /// The event has happened, or stands for nothing.
+    Ended,
+}
+
+impl Copy {
+    /// Whether the copies are done. Never blocks. An error is final: nothing of them is in flight any more.
+    pub fn is_done(&mut self) -> Result<bool> {
+        if self.state == State::Flying {
+            let context = &self.stream.0.context;
+            // SAFETY: the handle is ours and live.
+            let rc = context.with(|| unsafe { (context.cuda().api().event_query)(self.event) })?;
+            if rc == sys::ERROR_NOT_READY {
+                return Ok(false);
+            }
+            self.state = State::Ended;
+            if let Err(why) = context.cuda().check("cuEventQuery", rc) {
+                self.failed.get_or_insert(why);
+            }
+        }
+        self.failed.clone().map_or(Ok(true), Err)
+    }
+
+    /// Waits until the copies are done, at most `timeout`.
+    pub fn wait(&mut self, timeout: Duration) -> Result<()> {
+        poll_until(timeout, || self.is_done())
+    }
+}
+
+impl Drop for Copy {
+    fn drop(&mut self) {
+        // An event of copies in flight may be used again: a later record replaces what it stands for.
+        self.stream.0.give_event(self.event);
+    }
+}
+
+/// Polls until done, at most `limit`: a few times at once, then with pauses that grow to a millisecond.
+fn poll_until(limit: Duration, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+    let start = Instant::now();
+    let mut pause_us = 1;
+    for round in 0_u32.. {
+        if done()? {
+            return Ok(());
+        }
+        if start.elapsed() >= limit {
+            break;
+        }
+        if round < 64 {
+            std::thread::yield_now();
+        } else {
+            std::thread::sleep(Duration::from_micros(pause_us));
+            pause_us = (pause_us * 2).min(1000);
+        }
+    }
+    Err(Error::backend(format!("GPU copies not done after {} ms", limit.as_millis())))
+}
+
+/// Page-locked host memory, which a GPU copies from and to at full speed and asynchronously.
+///
+/// The GPU and the NIC write it, so it is no slice: [`Pinned::read`] and [`Pinned::write`] copy.
+pub struct Pinned {
+    context: Context,
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: it owns plain memory that is not bound to a thread; the only accesses by Rust are the copies below.
+unsafe impl Send for Pinned {}
+// SAFETY: by a shared reference the memory is only read, and only by copies.
+unsafe impl Sync for Pinned {}
+
+impl Pinned {
+    /// `len` bytes, at most [`PINNED_BYTES_MAX`], zeroed, page-locked for every context.
+    pub fn new(context: &Context, len: usize) -> Result<Self> {
+        if len == 0 || len > PINNED_BYTES_MAX {
+            let what = format!("a page-locked buffer of {len} bytes (1 to {PINNED_BYTES_MAX} are possible)");
+            return Err(Error::invalid(what));
+        }
+        let cuda = context.cuda();
+        let mut base: *mut c_void = std::ptr::null_mut();
+        // SAFETY: writes one pointer.
+        let rc = context.with(|| unsafe {
+            (cuda.api().mem_host_alloc)(&raw mut base, len, sys::MEMHOSTALLOC_PORTABLE)
+        })?;
+        cuda.check("cuMemHostAlloc", rc).map_err(|e| e.context(format!("page-locking {len} bytes")))?;
+        let base = NonNull::new(base.cast::<u8>())
+            .ok_or_else(|| Error::backend("cuMemHostAlloc succeeded without memory"))?;
+        // SAFETY: `len` bytes at `base` were allocated just now and are ours alone.
+        unsafe { base.write_bytes(0, len) };
+        Ok(Self { context: context.clone(), base, len })
+    }
+
+    /// The whole buffer. It must live until copies that name it, and work requests of a NIC, are done.
+    pub fn span(&self) -> Span {
+        Span { addr: self.base.as_ptr() as u64, len: self.len as u64 }
+    }
+
+    /// Copies bytes from `offset` on out of the buffer. `InvalidParam` if they leave it.
+    pub fn read(&self, offset: usize, into: &mut [u8]) -> Result<()> {
+        let from = self.span().part(offset as u64, into.len() as u64)?;
+        // SAFETY: the range is within the buffer, which lives; `into` is Rust memory and cannot overlap it.
+        unsafe { std::ptr::copy_nonoverlapping(from.addr as *const u8, into.as_mut_ptr(), into.len()) };
+        Ok(())
+    }
+
+    /// Copies bytes into the buffer from `offset` on. `InvalidParam` if they leave it.
+    pub fn write(&mut self, offset: usize, bytes: &[u8]) -> Result<()> {
+        let to = self.span().part(offset as u64, bytes.len() as u64)?;
+        // SAFETY: as in `read`; the exclusive borrow keeps other writes of ours away.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.addr as *mut u8, bytes.len()) };
+        Ok(())
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        let cuda = self.context.cuda();
+        // SAFETY: allocated by `new`, freed once. Copies that name it are done, by the contract of `span`.
+        let freed = self.context.with(|| unsafe { (cuda.api().mem_free_host)(self.base.as_ptr().cast()) });
+        match freed {
+            Ok(sys::SUCCESS | sys::ERROR_DEINITIALIZED) => {}
+            Ok(rc) => log::warn!("cuMemFreeHost: {}", describe(cuda.api(), rc)),
+            Err(why) => log::warn!("freeing page-locked memory: {why}"),
+        }
+    }
+}
