@@ -561,6 +561,14 @@ long standin_count(const char *what) {
     abort();
 }
 
+// Forgets what a test let leak on purpose: live objects, capture mode; primary contexts are held once where active.
+void standin_reset_counts(void) {
+    LOCKED;
+    live_streams = live_events = live_pinned = live_handles = 0;
+    capture_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
+    for (int i = 0; i < DEVICES_MAX; i++) primary[i].refs = primary[i].refs > 0;
+}
+
 // Copies the log, one call a line as "thread call arguments", and forgets it. Returns its length.
 size_t standin_take_log(char *into, size_t cap) {
     LOCKED;

@@ -1,6 +1,8 @@
 //! Copies on a stream of our own, polled by whoever drives progress, and page-locked host memory.
 
+use std::collections::VecDeque;
 use std::ffi::c_void;
+use std::fmt;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,64 +17,81 @@ pub const PINNED_BYTES_MAX: usize = 1 << 30;
 /// Most idle events that a stream keeps for reuse.
 const IDLE_EVENTS_MAX: usize = 64;
 
+/// Most copies dropped while in flight; one more waits for the stream to empty.
+const ABANDONED_MAX: usize = 1024;
+
 /// How long the end of a stream waits for its copies: far more than any copy takes, so running into it means that the
 /// device is lost.
 const DRAIN_MS_MAX: u64 = 10_000;
 
 /// A range of host or device memory to copy from or to.
 ///
-/// Making one is a promise like that of a work request: the range belongs to memory the user registered (or to a
-/// [`Pinned`] buffer), and stays allocated until copies that name it are done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Making one of an address is a promise like that of a work request: the range belongs to memory the user registered
+/// and stays allocated until copies that name it are done. One of a [`Pinned`] buffer keeps the buffer by itself.
+#[derive(Debug, Clone)]
 pub struct Span {
     addr: u64,
     len: u64,
+    owner: Option<Arc<Memory>>,
 }
 
 impl Span {
     /// The `len` bytes at `addr`, which are registered. `InvalidParam` if they start at zero or wrap.
     pub fn registered(addr: u64, len: u64) -> Result<Self> {
         match addr.checked_add(len) {
-            Some(_) if addr != 0 => Ok(Self { addr, len }),
+            Some(_) if addr != 0 => Ok(Self { addr, len, owner: None }),
             _ => Err(Error::invalid(format!("{addr:#x}+{len:#x} is no range of memory"))),
         }
     }
 
     /// `len` bytes of this range from `offset` on. `InvalidParam` if they leave it.
-    pub fn part(self, offset: u64, len: u64) -> Result<Self> {
+    pub fn part(&self, offset: u64, len: u64) -> Result<Self> {
         match offset.checked_add(len) {
-            Some(end) if end <= self.len => Ok(Self { addr: self.addr + offset, len }),
+            Some(end) if end <= self.len => {
+                Ok(Self { addr: self.addr + offset, len, owner: self.owner.clone() })
+            }
             _ => Err(Error::invalid(format!("bytes {offset}+{len} are not within a range of {}", self.len))),
         }
     }
 
     /// First address.
-    pub fn addr(self) -> u64 {
+    pub fn addr(&self) -> u64 {
         self.addr
     }
 
     /// Length in bytes.
-    pub fn len(self) -> u64 {
+    pub fn len(&self) -> u64 {
         self.len
     }
 
     /// Whether the range has no bytes.
-    pub fn is_empty(self) -> bool {
+    pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 }
 
 /// A stream of our own: its copies wait for no work of the application, not even for the legacy default stream.
 ///
-/// Dropping the last use waits for the copies that are queued, so that no memory is freed under them.
+/// When the last use is dropped it waits for the copies that are queued.
 #[derive(Clone)]
 pub struct Stream(Arc<Inner>);
 
 struct Inner {
     context: Context,
     stream: CUstream,
-    idle: Mutex<Vec<CUevent>>,
+    events: Mutex<Events>,
 }
+
+/// The events of a stream that no [`Copy`] holds.
+#[derive(Default)]
+struct Events {
+    idle: Vec<CUevent>,
+    /// Copies whose [`Copy`] was dropped while they flew, oldest first, and the buffers they need until they are done.
+    abandoned: VecDeque<(CUevent, Keep)>,
+}
+
+/// Page-locked buffers that copies in flight name.
+type Keep = Vec<Arc<Memory>>;
 
 impl Stream {
     /// A stream in a context. For copies between devices, a context of the source.
@@ -83,7 +102,7 @@ impl Stream {
         let rc = context
             .with(|| unsafe { (cuda.api().stream_create)(&raw mut stream, sys::STREAM_NON_BLOCKING) })?;
         cuda.check("cuStreamCreate", rc)?;
-        Ok(Self(Arc::new(Inner { context: context.clone(), stream, idle: Mutex::default() })))
+        Ok(Self(Arc::new(Inner { context: context.clone(), stream, events: Mutex::default() })))
     }
 
     /// Starts one copy. See [`Stream::copy_all`].
@@ -101,10 +120,11 @@ impl Stream {
 
     fn start(&self, pairs: impl IntoIterator<Item = (Span, Span)>) -> Result<Copy> {
         let event = self.0.take_event()?;
-        let mut copy = Copy { stream: self.clone(), event, state: State::Flying, failed: None };
+        let mut copy =
+            Copy { stream: self.clone(), event, state: State::Flying, failed: None, keep: Keep::new() };
         let mut queued = 0_u64;
         for (dst, src) in pairs {
-            match self.0.queue(dst, src) {
+            match self.0.queue(&dst, &src) {
                 Ok(()) => queued += 1,
                 Err(why) if queued == 0 => {
                     copy.state = State::Ended;
@@ -115,19 +135,27 @@ impl Stream {
                     break;
                 }
             }
+            for owner in [dst.owner, src.owner].into_iter().flatten() {
+                if !copy.keep.last().is_some_and(|last| Arc::ptr_eq(last, &owner)) {
+                    copy.keep.push(owner);
+                }
+            }
         }
         // SAFETY: both handles are ours and live.
         let rc = unsafe { (self.0.context.cuda().api().event_record)(event, self.0.stream) };
         if let Err(why) = self.0.context.cuda().check("cuEventRecord", rc) {
             // Without an event only the end of the whole stream tells that the copies are over.
             copy.state = State::Ended;
-            self.0.drain()?;
+            if let Err(stuck) = self.0.drain() {
+                self.0.leak(std::mem::take(&mut copy.keep));
+                return Err(stuck);
+            }
             return Err(why);
         }
         Ok(copy)
     }
 
-    /// Copies and waits, at most `timeout`. On a timeout the copy goes on, and the stream's drop waits for it.
+    /// Copies and waits, at most `timeout`. On a timeout the copy goes on, and the stream's end waits for it.
     pub fn copy_wait(&self, dst: Span, src: Span, timeout: Duration) -> Result<()> {
         self.copy(dst, src)?.wait(timeout)
     }
@@ -140,7 +168,7 @@ impl Stream {
 
 impl Inner {
     /// Queues one copy. Runs in the stream's context.
-    fn queue(&self, dst: Span, src: Span) -> Result<()> {
+    fn queue(&self, dst: &Span, src: &Span) -> Result<()> {
         if dst.len != src.len {
             return Err(Error::invalid(format!("a copy of {} bytes into {}", src.len, dst.len)));
         }
@@ -149,15 +177,21 @@ impl Inner {
         }
         let cuda = self.context.cuda();
         // SAFETY: the driver finds by itself what kind of memory the addresses are. Who made the spans promised that
-        // they are allocated, and nothing here holds a reference to them.
+        // they are allocated, or they keep their buffer; nothing here holds a reference to the bytes.
         let rc = unsafe { (cuda.api().memcpy_async)(dst.addr, src.addr, src.len as usize, self.stream) };
         cuda.check("cuMemcpyAsync", rc).map_err(|e| {
             e.context(format!("copying {} bytes from {:#x} to {:#x}", src.len, src.addr, dst.addr))
         })
     }
 
+    /// An event to record, a used one if possible. Runs in the stream's context.
     fn take_event(&self) -> Result<CUevent> {
-        if let Some(event) = self.idle_events().pop() {
+        let abandoned = self.settle_abandoned();
+        if abandoned >= ABANDONED_MAX {
+            self.drain()?;
+            self.settle_abandoned();
+        }
+        if let Some(event) = self.events().idle.pop() {
             return Ok(event);
         }
         let cuda = self.context.cuda();
@@ -168,18 +202,35 @@ impl Inner {
         Ok(event)
     }
 
+    /// Lets go of the abandoned copies that are done; returns how many are left. Runs in the stream's context.
+    fn settle_abandoned(&self) -> usize {
+        let mut events = self.events();
+        while let Some((event, _)) = events.abandoned.front() {
+            // SAFETY: the handle is ours and live.
+            if unsafe { (self.context.cuda().api().event_query)(*event) } != sys::SUCCESS {
+                break;
+            }
+            let Some((event, keep)) = events.abandoned.pop_front() else { break };
+            drop(events);
+            drop(keep);
+            self.give_event(event);
+            events = self.events();
+        }
+        events.abandoned.len()
+    }
+
     fn give_event(&self, event: CUevent) {
-        let mut idle = self.idle_events();
-        if idle.len() < IDLE_EVENTS_MAX {
-            idle.push(event);
+        let mut events = self.events();
+        if events.idle.len() < IDLE_EVENTS_MAX {
+            events.idle.push(event);
             return;
         }
-        drop(idle);
+        drop(events);
         self.report(self.context.with(|| self.destroy_event(event)));
     }
 
-    fn idle_events(&self) -> MutexGuard<'_, Vec<CUevent>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    fn events(&self) -> MutexGuard<'_, Events> {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn destroy_event(&self, event: CUevent) -> Result<()> {
@@ -200,6 +251,18 @@ impl Inner {
         })
     }
 
+    /// Gives up buffers that a lost device might write still.
+    fn leak(&self, keep: Keep) {
+        if !keep.is_empty() {
+            let ordinal = self.context.device().ordinal;
+            log::error!(
+                "CUDA device {ordinal}: copies did not end; {} page-locked buffers are lost",
+                keep.len()
+            );
+            std::mem::forget(keep);
+        }
+    }
+
     fn report(&self, outcome: Result<Result<()>>) {
         if let Err(why) = outcome.and_then(|inner| inner) {
             log::warn!("copy stream of CUDA device {}: {why}", self.context.device().ordinal);
@@ -209,10 +272,15 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        let events = std::mem::take(&mut *self.idle_events());
+        let Events { idle, abandoned } = std::mem::take(&mut *self.events());
+        let (flying, keeps): (Vec<CUevent>, Vec<Keep>) = abandoned.into_iter().unzip();
+        let drained = self.context.with(|| self.drain()).and_then(|drained| drained);
+        if drained.is_err() {
+            self.leak(keeps.into_iter().flatten().collect());
+        }
+        self.report(Ok(drained));
         let outcome = self.context.with(|| {
-            self.report(Ok(self.drain()));
-            for event in events {
+            for event in idle.into_iter().chain(flying) {
                 self.report(Ok(self.destroy_event(event)));
             }
             let cuda = self.context.cuda();
@@ -223,13 +291,14 @@ impl Drop for Inner {
     }
 }
 
-/// Copies in flight. Dropping it early leaves them running; the stream waits for them when it ends.
+/// Copies in flight. Dropping it early leaves them running; the stream keeps what they need.
 #[must_use = "the copy is done when it says so"]
 pub struct Copy {
     stream: Stream,
     event: CUevent,
     state: State,
     failed: Option<Error>,
+    keep: Keep,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -237,10 +306,13 @@ enum State {
     Flying,
     /// The event has happened, or stands for nothing.
     Ended,
+    /// The driver cannot tell: the copies may be in flight or not.
+    Lost,
 }
 
 impl Copy {
-    /// Whether the copies are done. Never blocks. An error is final: nothing of them is in flight any more.
+    /// Whether the copies are done. Never blocks. An error is final: one of the copies failed and the others are over, or
+    /// the driver reports a fault of the device, after which only the end of the stream tells that nothing is in flight.
     pub fn is_done(&mut self) -> Result<bool> {
         if self.state == State::Flying {
             let context = &self.stream.0.context;
@@ -249,9 +321,12 @@ impl Copy {
             if rc == sys::ERROR_NOT_READY {
                 return Ok(false);
             }
-            self.state = State::Ended;
             if let Err(why) = context.cuda().check("cuEventQuery", rc) {
                 self.failed.get_or_insert(why);
+                self.state = State::Lost;
+            } else {
+                self.state = State::Ended;
+                self.keep.clear();
             }
         }
         self.failed.clone().map_or(Ok(true), Err)
@@ -265,8 +340,13 @@ impl Copy {
 
 impl Drop for Copy {
     fn drop(&mut self) {
-        // An event of copies in flight may be used again: a later record replaces what it stands for.
-        self.stream.0.give_event(self.event);
+        match self.state {
+            State::Ended => self.stream.0.give_event(self.event),
+            State::Flying | State::Lost => {
+                let keep = std::mem::take(&mut self.keep);
+                self.stream.0.events().abandoned.push_back((self.event, keep));
+            }
+        }
     }
 }
 
@@ -293,17 +373,26 @@ fn poll_until(limit: Duration, mut done: impl FnMut() -> Result<bool>) -> Result
 
 /// Page-locked host memory, which a GPU copies from and to at full speed and asynchronously.
 ///
-/// The GPU and the NIC write it, so it is no slice: [`Pinned::read`] and [`Pinned::write`] copy.
-pub struct Pinned {
+/// The GPU and the NIC write it, so it is no slice: [`Pinned::read`] and [`Pinned::write`] copy. It is freed when it and
+/// the copies that name it are gone.
+pub struct Pinned(Arc<Memory>);
+
+struct Memory {
     context: Context,
     base: NonNull<u8>,
     len: usize,
 }
 
-// SAFETY: it owns plain memory that is not bound to a thread; the only accesses by Rust are the copies below.
-unsafe impl Send for Pinned {}
-// SAFETY: by a shared reference the memory is only read, and only by copies.
-unsafe impl Sync for Pinned {}
+// SAFETY: it owns plain memory that is not bound to a thread; Rust accesses it by the copies of `Pinned` alone.
+unsafe impl Send for Memory {}
+// SAFETY: as above; a shared `Pinned` only reads, and writing takes an exclusive one.
+unsafe impl Sync for Memory {}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:p}+{:#x}", self.base, self.len)
+    }
+}
 
 impl Pinned {
     /// `len` bytes, at most [`PINNED_BYTES_MAX`], zeroed, page-locked for every context.
@@ -323,35 +412,42 @@ impl Pinned {
             .ok_or_else(|| Error::backend("cuMemHostAlloc succeeded without memory"))?;
         // SAFETY: `len` bytes at `base` were allocated just now and are ours alone.
         unsafe { base.write_bytes(0, len) };
-        Ok(Self { context: context.clone(), base, len })
+        Ok(Self(Arc::new(Memory { context: context.clone(), base, len })))
     }
 
-    /// The whole buffer. It must live until copies that name it, and work requests of a NIC, are done.
+    /// The whole buffer. Copies keep it; whoever hands its address to a NIC keeps it for as long as that takes.
     pub fn span(&self) -> Span {
-        Span { addr: self.base.as_ptr() as u64, len: self.len as u64 }
+        Span { addr: self.0.base.as_ptr() as u64, len: self.0.len as u64, owner: Some(self.0.clone()) }
     }
 
     /// Copies bytes from `offset` on out of the buffer. `InvalidParam` if they leave it.
     pub fn read(&self, offset: usize, into: &mut [u8]) -> Result<()> {
-        let from = self.span().part(offset as u64, into.len() as u64)?;
+        let from = self.at(offset, into.len())?;
         // SAFETY: the range is within the buffer, which lives; `into` is Rust memory and cannot overlap it.
-        unsafe { std::ptr::copy_nonoverlapping(from.addr as *const u8, into.as_mut_ptr(), into.len()) };
+        unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) };
         Ok(())
     }
 
     /// Copies bytes into the buffer from `offset` on. `InvalidParam` if they leave it.
     pub fn write(&mut self, offset: usize, bytes: &[u8]) -> Result<()> {
-        let to = self.span().part(offset as u64, bytes.len() as u64)?;
+        let to = self.at(offset, bytes.len())?;
         // SAFETY: as in `read`; the exclusive borrow keeps other writes of ours away.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.addr as *mut u8, bytes.len()) };
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
         Ok(())
+    }
+
+    /// Where `len` bytes from `offset` on begin, if they are within the buffer.
+    fn at(&self, offset: usize, len: usize) -> Result<*mut u8> {
+        self.span().part(offset as u64, len as u64)?;
+        // SAFETY: the offset is at most the length of the buffer.
+        Ok(unsafe { self.0.base.as_ptr().add(offset) })
     }
 }
 
-impl Drop for Pinned {
+impl Drop for Memory {
     fn drop(&mut self) {
         let cuda = self.context.cuda();
-        // SAFETY: allocated by `new`, freed once. Copies that name it are done, by the contract of `span`.
+        // SAFETY: allocated by `Pinned::new`, freed once: the last of the buffer and of the copies that name it is gone.
         let freed = self.context.with(|| unsafe { (cuda.api().mem_free_host)(self.base.as_ptr().cast()) });
         match freed {
             Ok(sys::SUCCESS | sys::ERROR_DEINITIALIZED) => {}

@@ -61,6 +61,27 @@ pub struct Device {
     handle: CUdevice,
 }
 
+/// Whose memory `VRAM_SEG` is on this machine.
+pub enum Runtime {
+    /// NVIDIA GPUs.
+    Cuda(&'static Cuda),
+    /// AWS Neuron devices.
+    Neuron(&'static neuron::Neuron),
+}
+
+impl Runtime {
+    /// The runtime that has devices here; CUDA if both have. The error, `NotSupported`, says why neither.
+    pub fn get() -> Result<Self> {
+        let no_cuda = match Cuda::get() {
+            Ok(cuda) => return Ok(Self::Cuda(cuda)),
+            Err(why) => why,
+        };
+        neuron::Neuron::get()
+            .map(Self::Neuron)
+            .map_err(|no_neuron| Error::not_supported(format!("no accelerator: {no_cuda}; {no_neuron}")))
+    }
+}
+
 impl Cuda {
     /// The driver of this process, loaded at the first call; success or the reason of failure is remembered.
     ///

@@ -267,19 +267,19 @@ impl Cuda {
                 )));
             }
             if at > addr {
-                self.require_continuation(at, &segment, kind, ordinal)?;
+                self.require_device(at, ordinal)?;
             }
             at = segment.end();
             segments.push(segment);
+            if at < end && kind != Kind::Vmm {
+                return Err(Error::invalid(format!("the allocation ends at {at:#x}, before the range does")));
+            }
         }
         Ok(segments)
     }
 
-    /// Whether the range may go on from one handle into the next.
-    fn require_continuation(&self, at: u64, segment: &Segment, kind: Kind, ordinal: u32) -> Result<()> {
-        if kind != Kind::Vmm || segment.base != at {
-            return Err(Error::invalid(format!("the allocation ends at {at:#x}, before the range does")));
-        }
+    /// Refuses a range that goes on in the memory of another device.
+    fn require_device(&self, at: u64, ordinal: u32) -> Result<()> {
         match self.attribute(at, sys::POINTER_DEVICE_ORDINAL) {
             Some(found) if found as u32 != ordinal => Err(Error::invalid(format!(
                 "from {at:#x} on the memory is on device {}, before that on {ordinal}: register the parts one by one",
