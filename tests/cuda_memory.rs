@@ -282,6 +282,23 @@ fn a_copy_that_fails_midway_tells_so_when_the_rest_has_ended() {
 }
 
 #[test]
+fn a_fault_of_the_device_frees_no_buffer_under_a_copy() {
+    let bed = Bed::new();
+    bed.app_uses(0);
+    let context = bed.cuda.active_context(0).unwrap().unwrap();
+    let stream = Stream::new(&context).unwrap();
+    let target = bed.memory(Memory::Async, 0, 64, 0);
+    let buffer = Pinned::new(&context, 64).unwrap();
+    let mut copy = stream.copy(buffer.span(), Span::registered(target, 64).unwrap()).unwrap();
+    bed.fail("cuEventQuery", 1, 719);
+    assert!(copy.is_done().is_err() && copy.is_done().is_err());
+    drop((copy, buffer));
+    assert_eq!(bed.count("pinned"), 1);
+    drop(stream);
+    assert_eq!(bed.live(), (0, 0, 0, 0, 0));
+}
+
+#[test]
 fn a_wait_has_an_end() {
     let bed = Bed::new();
     bed.app_uses(0);
