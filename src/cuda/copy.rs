@@ -82,11 +82,11 @@ struct Inner {
     events: Mutex<Events>,
 }
 
-/// The events of a stream that no [`Copy`] holds.
+/// The events of a stream that no [`InFlight`] holds.
 #[derive(Default)]
 struct Events {
     idle: Vec<CUevent>,
-    /// Copies whose [`Copy`] was dropped while they flew, oldest first, and the buffers they need until they are done.
+    /// Copies whose [`InFlight`] was dropped while they flew, oldest first, and the buffers they need until they are done.
     abandoned: VecDeque<(CUevent, Keep)>,
 }
 
@@ -106,22 +106,22 @@ impl Stream {
     }
 
     /// Starts one copy. See [`Stream::copy_all`].
-    pub fn copy(&self, dst: Span, src: Span) -> Result<Copy> {
+    pub fn copy(&self, dst: Span, src: Span) -> Result<InFlight> {
         self.copy_all([(dst, src)])
     }
 
     /// Starts copies from the second span of each pair to the first; one poll tells when all are done.
     ///
     /// Host memory that is not page-locked works, but the call then does the copy itself. An error means that nothing
-    /// is in flight; what fails once something is in flight is told by the [`Copy`] when that has ended.
-    pub fn copy_all(&self, pairs: impl IntoIterator<Item = (Span, Span)>) -> Result<Copy> {
+    /// is in flight; what fails once something is in flight is told by the [`InFlight`] when that has ended.
+    pub fn copy_all(&self, pairs: impl IntoIterator<Item = (Span, Span)>) -> Result<InFlight> {
         self.0.context.with(|| self.start(pairs))?
     }
 
-    fn start(&self, pairs: impl IntoIterator<Item = (Span, Span)>) -> Result<Copy> {
+    fn start(&self, pairs: impl IntoIterator<Item = (Span, Span)>) -> Result<InFlight> {
         let event = self.0.take_event()?;
         let mut copy =
-            Copy { stream: self.clone(), event, state: State::Flying, failed: None, keep: Keep::new() };
+            InFlight { stream: self.clone(), event, state: State::Flying, failed: None, keep: Keep::new() };
         let mut queued = 0_u64;
         for (dst, src) in pairs {
             match self.0.queue(&dst, &src) {
@@ -293,7 +293,7 @@ impl Drop for Inner {
 
 /// Copies in flight. Dropping it early leaves them running; the stream keeps what they need.
 #[must_use = "the copy is done when it says so"]
-pub struct Copy {
+pub struct InFlight {
     stream: Stream,
     event: CUevent,
     state: State,
@@ -310,7 +310,7 @@ enum State {
     Lost,
 }
 
-impl Copy {
+impl InFlight {
     /// Whether the copies are done. Never blocks. An error is final: one of the copies failed and the others are over, or
     /// the driver reports a fault of the device, after which only the end of the stream tells that nothing is in flight.
     pub fn is_done(&mut self) -> Result<bool> {
@@ -338,7 +338,7 @@ impl Copy {
     }
 }
 
-impl Drop for Copy {
+impl Drop for InFlight {
     fn drop(&mut self) {
         match self.state {
             State::Ended => self.stream.0.give_event(self.event),

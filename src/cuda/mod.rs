@@ -25,7 +25,7 @@ use crate::sys::cuda::{self as sys, Api, CUdevice, CUresult};
 use crate::types::PciAddress;
 
 pub use context::Context;
-pub use copy::{Copy, PINNED_BYTES_MAX, Pinned, Span, Stream};
+pub use copy::{InFlight, PINNED_BYTES_MAX, Pinned, Span, Stream};
 pub use dmabuf::{DmaBuf, Export, plan_exports};
 pub use pointer::{Allocation, Kind, SEGMENTS_MAX, Segment};
 
