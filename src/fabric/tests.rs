@@ -97,8 +97,8 @@ fn messages_arrive_whole_and_with_their_immediate() {
     let send = Send { buffer: &out, offset: 100, len: 5, imm: Some(0xdead_beef), dest: to_b, context: 7 };
     post(&mut a.endpoint, &mut b.endpoint, &mut seen, |e| e.send(&send));
     drive(&mut a.endpoint, &mut b.endpoint, &mut seen, [1, 1]);
-    let [sent, received] = seen.each_ref().map(|side| &side[0]);
-    assert_eq!((sent.context, sent.is_tx(), &sent.error), (Some(7), true, &None));
+    let [done, received] = seen.each_ref().map(|side| &side[0]);
+    assert_eq!((done.context, done.is_tx(), &done.error), (Some(7), true, &None));
     assert!(received.is_recv() && received.error.is_none());
     assert_eq!((received.len, received.imm), (5, Some(0xdead_beef)));
     let slot = received.context.unwrap();

@@ -116,20 +116,20 @@ constants! {
     FI_ENORX: c_int = 269;
 }
 
+// An older library answers that it does not know these, or is not asked.
 constants! {
-    /// Constants that came after 1.17. An older library answers that it does not know them, or is not asked.
-    CONSTANTS_AFTER_1_17:
+    /// Constants that came after 1.17 and that 2.0 has.
+    CONSTANTS_OF_2_0:
 
-    // 1.20: the registration is described by a dmabuf.
+    // 1.20: a dmabuf describes the memory to register.
     FI_MR_DMABUF: u64 = 1 << 40;
-    // 1.19.
     FI_OPT_CUDA_API_PERMITTED: c_int = 10;
     FI_OPT_SHARED_MEMORY_PERMITTED: c_int = 11;
 }
 
 constants! {
-    /// Constants that came with 2.3.
-    CONSTANTS_AFTER_2_2:
+    /// Constants that came with 2.5.
+    CONSTANTS_OF_2_5:
 
     FI_OPT_EFA_USE_UNSOLICITED_WRITE_RECV: c_int = FI_OPT_EFA_RNR_RETRY + 8;
 }

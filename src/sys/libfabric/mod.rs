@@ -20,8 +20,7 @@ mod types;
 pub use constants::*;
 pub use types::*;
 
-/// A structure's name, its size, whether it has a tail for later releases, and its fields with their offsets.
-/// For the layout test.
+/// A structure's name, its size, and its fields with their offsets, for the layout test.
 #[derive(Debug, Clone, Copy)]
 pub struct Layout {
     pub name: &'static str,
@@ -65,7 +64,7 @@ impl Api {
         let fabric = library.versioned_symbol(c"fi_fabric", c"FABRIC_1.1")?;
         let version = library.versioned_symbol(c"fi_version", c"FABRIC_1.0")?;
         let strerror = library.versioned_symbol(c"fi_strerror", c"FABRIC_1.0")?;
-        let origin = dl::file_of(getinfo).unwrap_or_else(|| library.origin().to_owned());
+        let origin = dl::file_of(getinfo as usize).unwrap_or_else(|| library.origin().to_owned());
         // SAFETY: under these symbol versions the functions have the signatures declared above (rdma/fabric.h), and
         // the library is never unloaded, so that the pointers stay good.
         let api = unsafe {

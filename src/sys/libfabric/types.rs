@@ -5,13 +5,13 @@ use std::ffi::{c_char, c_int, c_void};
 use super::Layout;
 
 /// Declares `repr(C)` structures and the table by which the layout test finds them.
-/// A trailing underscore stands for a C name that is a Rust keyword; a leading one for what C does not name.
+/// A trailing underscore stands for a C name that is a Rust keyword; `tail` is not in C.
 macro_rules! structures {
-    ($($(#[$meta:meta])* struct $name:ident { $($field:ident: $kind:ty,)* })*) => {
+    ($table:ident: $($(#[$meta:meta])* struct $name:ident { $($field:ident: $kind:ty,)* })*) => {
         $($(#[$meta])* #[repr(C)] #[derive(Debug)] pub struct $name { $(pub $field: $kind,)* })*
 
-        /// Every structure declared here.
-        pub const LAYOUTS: &[Layout] = &[$(Layout {
+        /// Structures and their layouts.
+        pub const $table: &[Layout] = &[$(Layout {
             name: stringify!($name),
             size: size_of::<$name>(),
             fields: &[$((stringify!($field), std::mem::offset_of!($name, $field))),*],
@@ -22,13 +22,12 @@ macro_rules! structures {
 /// A member that is never called.
 type unused = *const c_void;
 
-/// Structures that libfabric fills and owns, or that we hand in.
 pub type fi_addr_t = u64;
 
 /// Room for members that later releases append to a structure that we hand in or that is filled for us.
-pub type later = [u64; 8];
+pub type tail = [u64; 8];
 
-structures! {
+structures! { LAYOUTS:
     // What fi_getinfo takes and gives.
 
     struct fi_tx_attr {
@@ -69,7 +68,7 @@ structures! {
         rx_ctx_cnt: usize,
         auth_key_size: usize,
         auth_key: *mut u8,
-        _later: later,
+        tail: tail,
     }
 
     struct fi_domain_attr {
@@ -100,7 +99,7 @@ structures! {
         max_err_data: usize,
         mr_cnt: usize,
         tclass: u32,
-        _later: later,
+        tail: tail,
     }
 
     struct fi_fabric_attr {
@@ -448,7 +447,7 @@ structures! {
         name: *const c_char,
         map_addr: *mut c_void,
         flags: u64,
-        _later: later,
+        tail: tail,
     }
 
     struct fi_cq_attr {
@@ -459,7 +458,7 @@ structures! {
         signaling_vector: c_int,
         wait_cond: c_int,
         wait_set: *mut c_void,
-        _later: later,
+        tail: tail,
     }
 
     struct fi_eq_attr {
@@ -468,7 +467,7 @@ structures! {
         wait_obj: c_int,
         signaling_vector: c_int,
         wait_set: *mut c_void,
-        _later: later,
+        tail: tail,
     }
 
     /// `mr_iov` points to a `fi_mr_dmabuf` instead when FI_MR_DMABUF is given; `device` is a union of an index (int)
@@ -484,7 +483,7 @@ structures! {
         auth_key: *mut u8,
         iface: c_int,
         device: u64,
-        _later: later,
+        tail: tail,
     }
 
     struct fi_rma_iov {
@@ -541,7 +540,7 @@ structures! {
         prov_errno: c_int,
         err_data: *mut c_void,
         err_data_size: usize,
-        _later: later,
+        tail: tail,
     }
 
     struct fi_eq_err_entry {
@@ -552,16 +551,16 @@ structures! {
         prov_errno: c_int,
         err_data: *mut c_void,
         err_data_size: usize,
-        _later: later,
+        tail: tail,
     }
 }
 
-/// What `fi_mr_attr.mr_iov` points to under FI_MR_DMABUF (1.20).
-#[repr(C)]
-#[derive(Debug)]
-pub struct fi_mr_dmabuf {
-    pub fd: c_int,
-    pub offset: u64,
-    pub len: usize,
-    pub base_addr: *mut c_void,
+structures! { LAYOUTS_AFTER_1_17:
+    /// What `fi_mr_attr.mr_iov` points to under FI_MR_DMABUF (1.20).
+    struct fi_mr_dmabuf {
+        fd: c_int,
+        offset: u64,
+        len: usize,
+        base_addr: *mut c_void,
+    }
 }
