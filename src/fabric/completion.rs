@@ -61,7 +61,10 @@ pub struct CompletionError {
 
 impl CompletionError {
     fn new(efa: bool, code: i32, prov_code: i32, provider_text: &str) -> Self {
-        let disconnect = is_disconnect(code) || efa && efa::is_disconnect(prov_code);
+        // Providers without numbers of their own put an errno there: tcp says that an operation was cancelled, and only
+        // there that it was because the connection broke.
+        let disconnect = is_disconnect(code)
+            || if efa { efa::is_disconnect(prov_code) } else { is_disconnect(prov_code.saturating_abs()) };
         let words = FabricError::new("", code).text;
         let text = if provider_text.is_empty() || provider_text == words {
             format!("{words} ({code}, provider {prov_code})")
@@ -244,6 +247,8 @@ mod tests {
     fn provider_numbers_count_only_for_their_provider() {
         assert!(CompletionError::new(true, libc::EIO, 15, "").is_disconnect());
         assert!(!CompletionError::new(false, libc::EIO, 15, "").is_disconnect());
+        assert!(CompletionError::new(false, libc::ECANCELED, libc::ENOTCONN, "").is_disconnect());
+        assert!(!CompletionError::new(false, libc::ECANCELED, libc::ECANCELED, "").is_disconnect());
         let error = CompletionError::new(false, libc::ECONNRESET, 0, "Connection reset by peer");
         assert_eq!(error.text, "Connection reset by peer (104, provider 0)");
         assert_eq!(Error::from(error).status(), Status::RemoteDisconnect);
