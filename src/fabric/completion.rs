@@ -171,7 +171,7 @@ impl Endpoint {
             return Completion { context: None, flags, len, imm, error: None };
         };
         if let Some(peer) = operation.peer {
-            self.finished(peer);
+            self.peers.finished(peer);
         }
         // Providers leave the flags of some error entries empty.
         let flags = if flags & KINDS == 0 { flags | operation.flags } else { flags };

@@ -15,6 +15,10 @@ use crate::types::PciAddress;
 /// Most entries taken of one answer. The largest EC2 instances have 32 NICs and a handful of entries for each.
 const DEVICES_MAX: usize = 4096;
 
+/// Most bytes in one operation, whatever the provider says. The efa provider cuts what is longer than its NIC takes
+/// (1 GiB) into several, and when the queue fills up in between, it answers "again" while the first are in flight.
+const OPERATION_BYTES_MAX: usize = 1 << 30;
+
 /// What is wanted of the network. `None` is: any.
 #[derive(Debug, Clone, Default)]
 pub struct Query {
@@ -108,6 +112,7 @@ struct Facts {
     fabric: String,
     domain: String,
     caps: u64,
+    mode: u64,
     mr_mode: i32,
     mr_key_size: usize,
     mr_iov_limit: usize,
@@ -131,17 +136,24 @@ struct Facts {
 impl Libfabric {
     /// The devices that fit the query, in libfabric's order of preference; none is not an error.
     pub fn discover(&self, query: &Query) -> Result<Vec<Device>> {
-        // Manual progress is what we drive; a provider that cannot be driven so may still progress by itself.
-        let mut devices = self.getinfo(query, sys::FI_PROGRESS_MANUAL)?;
-        if devices.is_empty() {
-            devices = self.getinfo(query, sys::FI_PROGRESS_UNSPEC)?;
+        // Manual progress is what we drive; a provider that cannot be driven so may still progress by itself. Writes
+        // with immediate data that use up receives are a last resort: efa-direct without unsolicited write receives.
+        for (progress, mode) in [
+            (sys::FI_PROGRESS_MANUAL, 0),
+            (sys::FI_PROGRESS_UNSPEC, 0),
+            (sys::FI_PROGRESS_MANUAL, sys::FI_RX_CQ_DATA),
+        ] {
+            let devices = self.getinfo(query, progress, mode)?;
+            if !devices.is_empty() {
+                return Ok(devices);
+            }
         }
-        Ok(devices)
+        Ok(Vec::new())
     }
 
-    fn getinfo(&self, query: &Query, progress: i32) -> Result<Vec<Device>> {
+    fn getinfo(&self, query: &Query, progress: i32, mode: u64) -> Result<Vec<Device>> {
         let version = self.api_version(query.hmem);
-        let mut hints = Hints::new(query, progress)?;
+        let mut hints = Hints::new(query, progress, mode)?;
         let mut head = ptr::null_mut();
         // SAFETY: the hints and everything that they point to live through the call; libfabric copies what it keeps.
         let status = unsafe {
@@ -173,7 +185,10 @@ unsafe fn devices_of(library: &Libfabric, head: *mut sys::fi_info) -> Vec<Device
     while !next.is_null() && devices.len() < DEVICES_MAX {
         // SAFETY: `next` is an entry of the list, which lives; nobody else has seen it.
         unsafe {
-            if let Some(facts) = Facts::read(next) {
+            let facts = Facts::read(next);
+            // libfabric lists the same thing several times when it can be layered in several ways.
+            let is_new = |facts: &Facts| devices.iter().all(|d: &Device| !d.facts.same_way(facts));
+            if let Some(facts) = facts.filter(is_new) {
                 devices.push(Device { list: Arc::clone(&list), info: InfoPtr(next), facts: Arc::new(facts) });
             }
             next = (*next).next;
@@ -196,7 +211,7 @@ struct Hints {
 }
 
 impl Hints {
-    fn new(query: &Query, progress: i32) -> Result<Self> {
+    fn new(query: &Query, progress: i32, mode: u64) -> Result<Self> {
         let name = |what: &str, name: &Option<String>| {
             name.as_ref()
                 .map(|text| CString::new(text.as_str()))
@@ -227,7 +242,7 @@ impl Hints {
         };
         // Not FI_LOCAL_COMM or FI_REMOTE_COMM: a host that has nothing but its loopback must work, too.
         hints.info.caps = sys::FI_MSG | sys::FI_RMA | if hmem { sys::FI_HMEM } else { 0 };
-        hints.info.mode = sys::FI_CONTEXT | sys::FI_CONTEXT2;
+        hints.info.mode = sys::FI_CONTEXT | sys::FI_CONTEXT2 | mode;
         hints.tx.op_flags = if query.delivery_complete { sys::FI_DELIVERY_COMPLETE } else { 0 };
         hints.ep.type_ = sys::FI_EP_RDM;
         hints.domain.control_progress = progress;
@@ -271,8 +286,11 @@ impl Facts {
         unsafe {
             let info = &mut *info;
             let (tx, rx) = (info.tx_attr.as_ref()?, info.rx_attr.as_ref()?);
-            let (ep, fabric) = (info.ep_attr.as_ref()?, info.fabric_attr.as_ref()?);
-            let domain = info.domain_attr.as_mut()?;
+            let ep = info.ep_attr.as_ref()?;
+            let (fabric, domain) = (info.fabric_attr.as_mut()?, info.domain_attr.as_mut()?);
+            // libfabric may name objects that are open already. We open our own, and theirs may close before ours.
+            fabric.fabric = ptr::null_mut();
+            domain.domain = ptr::null_mut();
             let provider = text(fabric.prov_name);
             if efa::is_efa(&provider) {
                 // One owner drives an endpoint and its queue, so efa need not lock. Other providers keep the locks
@@ -284,6 +302,7 @@ impl Facts {
                 fabric: text(fabric.name),
                 domain: text(domain.name),
                 caps: info.caps,
+                mode: info.mode,
                 mr_mode: domain.mr_mode,
                 mr_key_size: domain.mr_key_size,
                 mr_iov_limit: domain.mr_iov_limit,
@@ -295,7 +314,7 @@ impl Facts {
                 iov_limit: tx.iov_limit,
                 rma_iov_limit: tx.rma_iov_limit,
                 cq_data_size: domain.cq_data_size,
-                max_msg_size: ep.max_msg_size,
+                max_msg_size: ep.max_msg_size.min(OPERATION_BYTES_MAX),
                 max_order_waw_size: ep.max_order_waw_size,
                 threading: domain.threading,
                 addr_format: AddrFormat::from_number(info.addr_format),
@@ -304,6 +323,18 @@ impl Facts {
                 api_version: Version::from_packed(fabric.api_version),
             })
         }
+    }
+}
+
+impl Facts {
+    /// Whether both lead to the same network by the same means.
+    fn same_way(&self, other: &Self) -> bool {
+        let key = |f: &Self| (f.addr_format, f.caps, f.mode, f.tx_size, f.rx_size);
+        self.provider == other.provider
+            && self.fabric == other.fabric
+            && self.domain == other.domain
+            && self.source == other.source
+            && key(self) == key(other)
     }
 }
 
@@ -388,6 +419,12 @@ impl Device {
     /// Whether accelerator memory can be registered.
     pub fn has_hmem(&self) -> bool {
         self.facts.caps & sys::FI_HMEM != 0
+    }
+
+    /// Whether a peer's write with immediate data uses up a receive that we posted: its completion then carries the
+    /// receive's context, without [`super::Completion::is_recv`], and the receive has to be posted again.
+    pub fn imm_uses_recv(&self) -> bool {
+        self.facts.mode & sys::FI_RX_CQ_DATA != 0
     }
 
     /// Whether a peer names remote memory by its address; else by its offset in the registration.
@@ -575,6 +612,6 @@ mod tests {
     #[test]
     fn names_with_nul_are_refused() {
         let query = Query { domain: Some("a\0b".into()), ..Query::default() };
-        assert_eq!(Hints::new(&query, 0).err().unwrap().status(), Status::InvalidParam);
+        assert_eq!(Hints::new(&query, 0, 0).err().unwrap().status(), Status::InvalidParam);
     }
 }

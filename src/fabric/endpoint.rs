@@ -1,6 +1,5 @@
 //! An endpoint with its completion queue, event queue and address vector: what one rail drives.
 
-use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
 use std::fmt;
 use std::mem::{forget, zeroed};
@@ -13,8 +12,9 @@ use super::domain::Domain;
 use super::efa;
 use super::error::FabricError;
 use super::handle::Handle;
+use super::peers::{FiAddr, Peers};
 use super::slots::Slots;
-use crate::error::{Error, Result, Status};
+use crate::error::{Error, Result};
 use crate::sys::libfabric as sys;
 
 /// Longest endpoint name in bytes. EFA's has 32, a socket address 28; strings are longer.
@@ -50,14 +50,6 @@ impl Default for EndpointOptions {
     }
 }
 
-/// A peer's endpoint, as this endpoint knows it. It stands for nothing at another endpoint, and for nothing after it
-/// was removed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct FiAddr {
-    entry: u32,
-    generation: u32,
-}
-
 /// An open endpoint. Whoever has `&mut` drives it; nobody else can.
 pub struct Endpoint {
     pub(super) ep: Handle<sys::fid_ep>,
@@ -65,7 +57,7 @@ pub struct Endpoint {
     av: Handle<sys::fid_av>,
     pub(super) cq: Handle<sys::fid_cq>,
     pub(super) slots: Slots,
-    peers: Peers,
+    pub(super) peers: Peers,
     wait_fd: Option<RawFd>,
     tx_size: usize,
     // Last: what is above is closed before its domain.
@@ -251,26 +243,6 @@ impl Endpoint {
     pub(super) fn fid(&self) -> *mut sys::fid {
         self.ep.fid()
     }
-
-    /// libfabric's number of a peer, if it is known.
-    pub(super) fn raw_address(
-        &self,
-        call: &'static str,
-        address: FiAddr,
-    ) -> std::result::Result<u64, FabricError> {
-        match self.peers.get(address) {
-            Some(peer) => Ok(peer.raw),
-            None => Err(FabricError::refused(call, "the peer's address is not known on this endpoint")),
-        }
-    }
-
-    pub(super) fn started(&mut self, address: FiAddr) {
-        self.peers.entries[address.entry as usize].in_flight += 1;
-    }
-
-    pub(super) fn finished(&mut self, entry: u32) {
-        self.peers.entries[entry as usize].in_flight -= 1;
-    }
 }
 
 impl Drop for Endpoint {
@@ -292,12 +264,6 @@ impl Drop for Endpoint {
 impl fmt::Debug for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "endpoint of {:?}, {} in flight", self.domain().device(), self.in_flight())
-    }
-}
-
-impl FiAddr {
-    pub(super) fn entry(self) -> u32 {
-        self.entry
     }
 }
 
@@ -403,102 +369,4 @@ fn set_option(ep: &Handle<sys::fid_ep>, option: c_int, value: &[u8]) -> std::res
         }
     };
     FabricError::check("fi_setopt", status as isize)
-}
-
-/// The peers that an endpoint knows. libfabric trusts the numbers that it is given; this table does not.
-#[derive(Default)]
-struct Peers {
-    entries: Vec<Peer>,
-    free: Vec<u32>,
-    by_name: HashMap<Box<[u8]>, u32>,
-}
-
-#[derive(Default)]
-struct Peer {
-    raw: u64,
-    generation: u32,
-    /// How often it was inserted; 0 if the entry is free.
-    uses: u32,
-    in_flight: u32,
-    name: Box<[u8]>,
-}
-
-impl Peers {
-    fn get(&self, address: FiAddr) -> Option<&Peer> {
-        self.entries
-            .get(address.entry as usize)
-            .filter(|peer| peer.uses > 0 && peer.generation == address.generation)
-    }
-
-    /// Counts one more use of a name that is known. Names are compared without the zeroes that pad them.
-    fn find(&mut self, name: &[u8]) -> Option<FiAddr> {
-        let entry = *self.by_name.get(trimmed(name))?;
-        let peer = &mut self.entries[entry as usize];
-        peer.uses += 1;
-        Some(FiAddr { entry, generation: peer.generation })
-    }
-
-    fn insert(&mut self, name: &[u8], raw: u64) -> FiAddr {
-        let name: Box<[u8]> = trimmed(name).into();
-        let entry = self.free.pop().unwrap_or_else(|| {
-            self.entries.push(Peer::default());
-            (self.entries.len() - 1) as u32
-        });
-        self.by_name.insert(name.clone(), entry);
-        let peer = &mut self.entries[entry as usize];
-        *peer = Peer { raw, uses: 1, in_flight: 0, name, generation: peer.generation };
-        FiAddr { entry, generation: peer.generation }
-    }
-
-    /// Counts one use less; gives libfabric's number when it was the last.
-    fn remove(&mut self, address: FiAddr) -> Result<Option<u64>> {
-        let Some(peer) = self.get(address) else {
-            return Err(Error::invalid("the peer's address is not known on this endpoint"));
-        };
-        if peer.uses == 1 && peer.in_flight > 0 {
-            let count = peer.in_flight;
-            return Err(Error::new(
-                Status::NotAllowed,
-                format!("{count} operations to this peer are in flight"),
-            ));
-        }
-        let peer = &mut self.entries[address.entry as usize];
-        peer.uses -= 1;
-        if peer.uses > 0 {
-            return Ok(None);
-        }
-        peer.generation = peer.generation.wrapping_add(1);
-        self.by_name.remove(&peer.name);
-        self.free.push(address.entry);
-        Ok(Some(peer.raw))
-    }
-}
-
-fn trimmed(name: &[u8]) -> &[u8] {
-    let len = name.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
-    &name[..len]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn addresses_outlive_their_name_by_nothing() {
-        let mut peers = Peers::default();
-        let a = peers.insert(b"a", 10);
-        let b = peers.insert(b"b", 11);
-        assert_eq!(peers.find(b"a\0\0"), Some(a));
-        assert_eq!(peers.remove(a).unwrap(), None, "inserted twice");
-        assert_eq!(peers.remove(a).unwrap(), Some(10));
-        assert!(peers.remove(a).is_err());
-        assert!(peers.get(a).is_none());
-        assert_eq!(peers.find(b"a"), None);
-        let c = peers.insert(b"c", 12);
-        assert_eq!(c.entry, a.entry, "entries are used again");
-        assert_ne!(c, a);
-        peers.entries[c.entry as usize].in_flight = 1;
-        assert_eq!(peers.remove(c).unwrap_err().status(), Status::NotAllowed);
-        assert_eq!(peers.get(b).unwrap().raw, 11);
-    }
 }

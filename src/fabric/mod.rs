@@ -22,6 +22,7 @@ mod handle;
 mod library;
 mod local;
 mod memory;
+mod peers;
 mod post;
 mod slots;
 #[cfg(test)]
@@ -30,11 +31,12 @@ mod tests;
 pub use completion::{Completion, CompletionError};
 pub use device::{AddrFormat, Device, Nic, Query};
 pub use domain::{Domain, Fabric};
-pub use endpoint::{Endpoint, EndpointOptions, FiAddr};
+pub use endpoint::{Endpoint, EndpointOptions};
 pub use error::{FabricError, is_disconnect};
 pub use library::{Libfabric, Version};
 pub use local::copy_between;
 pub use memory::{Dmabuf, Hmem, MemoryRegion, RegisteredBuffer};
+pub use peers::FiAddr;
 pub use post::{Posted, Recv, Rma, RmaFlags, Send};
 
 /// A range of memory that NICs may read and write while it is registered.

@@ -2,9 +2,10 @@
 
 use std::ffi::c_void;
 
-use super::endpoint::{Endpoint, FiAddr};
+use super::endpoint::Endpoint;
 use super::error::{FabricError, code_of};
 use super::memory::{MemoryRegion, RegisteredBuffer};
+use super::peers::FiAddr;
 use super::slots::InFlight;
 use crate::sys::libfabric as sys;
 
@@ -203,14 +204,23 @@ impl Endpoint {
                 format!("{} bytes at {:#x} are not inside {:?}", local.len, local.addr, local.region),
             ));
         }
+        if local.len > self.domain().device().max_msg_size() {
+            // Providers only assert it.
+            return Err(FabricError::refused(
+                call,
+                format!("{} bytes are more than one operation takes", local.len),
+            ));
+        }
         if !std::sync::Arc::ptr_eq(local.region.domain(), self.domain()) {
             return Err(FabricError::refused(call, "the memory is registered on another NIC"));
         }
         let peer = match to {
-            Some(address) => self.raw_address(call, address)?,
+            Some(address) => self.peers.raw(address).ok_or_else(|| {
+                FabricError::refused(call, "the peer's address is not known on this endpoint")
+            })?,
             None => sys::FI_ADDR_UNSPEC,
         };
-        let operation = InFlight { flags: kind, peer: to.map(FiAddr::entry), _region: local.region.hold() };
+        let operation = InFlight { flags: kind, peer: to, _region: local.region.hold() };
         let context_cell = self.slots.claim(call, context, operation)?;
         let mut parts = Parts {
             iov: libc::iovec { iov_base: local.addr as *mut c_void, iov_len: local.len },
@@ -227,7 +237,7 @@ impl Endpoint {
             };
         }
         if let Some(address) = to {
-            self.started(address);
+            self.peers.started(address);
         }
         Ok(Posted::Yes)
     }

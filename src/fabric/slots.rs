@@ -1,21 +1,22 @@
 //! Work-request contexts: cells that the provider may scribble on while an operation is in flight, and what each
 //! operation holds until it is over.
 
-use std::cell::UnsafeCell;
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::error::FabricError;
 use super::memory::Registration;
+use super::peers::FiAddr;
 use crate::sys::libfabric as sys;
 
 /// What an operation in flight holds.
 pub(super) struct InFlight {
     /// Flags that name the operation in a completion.
     pub(super) flags: u64,
-    /// Entry of the peer in the endpoint's table; a receive has none.
-    pub(super) peer: Option<u32>,
+    /// The peer; a receive has none.
+    pub(super) peer: Option<FiAddr>,
     /// Keeps the local memory registered.
     pub(super) _region: Arc<Registration>,
 }
@@ -26,18 +27,20 @@ struct Cell(#[allow(dead_code)] MaybeUninit<sys::fi_context2>);
 
 /// The cells of one endpoint and what is in flight on them.
 pub(super) struct Slots {
-    cells: Box<[UnsafeCell<Cell>]>,
+    /// As many as there are states. A raw pointer, not a box: the provider keeps addresses of cells while `Slots` moves.
+    cells: NonNull<Cell>,
     states: Box<[Option<InFlight>]>,
     in_flight: u32,
 }
 
-// SAFETY: the cells are never read or written here, only addressed; the rest is Send.
+// SAFETY: the cells are owned, and never read or written here, only addressed; the rest is Send.
 unsafe impl Send for Slots {}
 
 impl Slots {
     pub(super) fn new(count: u32) -> Self {
+        let cells: Box<[Cell]> = (0..count).map(|_| Cell(MaybeUninit::zeroed())).collect();
         Self {
-            cells: (0..count).map(|_| UnsafeCell::new(Cell(MaybeUninit::zeroed()))).collect(),
+            cells: NonNull::new(Box::into_raw(cells).cast()).expect("a box is not null"),
             states: (0..count).map(|_| None).collect(),
             in_flight: 0,
         }
@@ -51,7 +54,7 @@ impl Slots {
     /// Address of a cell, if it is in flight.
     pub(super) fn busy_cell(&self, index: u32) -> Option<*mut c_void> {
         self.states.get(index as usize)?.as_ref()?;
-        Some(self.cells[index as usize].get().cast())
+        Some(self.cell(index))
     }
 
     /// Takes a cell for an operation and gives its address.
@@ -69,7 +72,7 @@ impl Slots {
         }
         *state = Some(operation);
         self.in_flight += 1;
-        Ok(self.cells[index as usize].get().cast())
+        Ok(self.cell(index))
     }
 
     /// Frees a cell; gives what was held, if anything was in flight on it.
@@ -81,9 +84,23 @@ impl Slots {
 
     /// Index of the cell that a completion names; `None` for an address that is no cell's.
     pub(super) fn index_of(&self, context: *mut c_void) -> Option<u32> {
-        let offset = (context as usize).checked_sub(self.cells.as_ptr() as usize)?;
+        let offset = (context as usize).checked_sub(self.cells.addr().get())?;
         let index = offset / size_of::<Cell>();
-        (offset % size_of::<Cell>() == 0 && index < self.cells.len()).then_some(index as u32)
+        (offset % size_of::<Cell>() == 0 && index < self.states.len()).then_some(index as u32)
+    }
+
+    fn cell(&self, index: u32) -> *mut c_void {
+        debug_assert!((index as usize) < self.states.len());
+        self.cells.as_ptr().wrapping_add(index as usize).cast()
+    }
+}
+
+impl Drop for Slots {
+    fn drop(&mut self) {
+        let cells = std::ptr::slice_from_raw_parts_mut(self.cells.as_ptr(), self.states.len());
+        // SAFETY: from `Box::into_raw` of as many cells, freed once. `Endpoint::drop` leaks the slots instead, if the
+        // provider may still have addresses of cells.
+        drop(unsafe { Box::from_raw(cells) });
     }
 }
 
@@ -94,11 +111,10 @@ mod tests {
     #[test]
     fn addresses_map_back_to_their_cells_only() {
         let slots = Slots::new(3);
-        let base = slots.cells.as_ptr() as usize;
+        let base = slots.cells.addr().get();
         assert!(size_of::<Cell>() >= size_of::<sys::fi_context2>());
         for index in 0..3 {
-            let cell = slots.cells[index].get().cast();
-            assert_eq!(slots.index_of(cell), Some(index as u32));
+            assert_eq!(slots.index_of(slots.cell(index)), Some(index));
         }
         for stray in [0, 1, base + 1, base - 64, base + 3 * size_of::<Cell>(), usize::MAX] {
             assert_eq!(slots.index_of(stray as *mut c_void), None);
