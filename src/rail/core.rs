@@ -3,13 +3,13 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crossbeam_queue::SegQueue;
 use slab::Slab;
 
 use super::destination::{DestinationKey, Destinations};
-use super::message::{Messages, stalled};
+use super::message::Messages;
 use super::receive::Receives;
 use super::run::Run;
 use super::{Command, Counters, MESSAGE_BYTES_MAX, RailEvents, RailLimits};
@@ -322,6 +322,7 @@ impl Core {
         active.in_flight -= 1;
         let entry = self.destinations.get(active.destination);
         entry.operations -= 1;
+        entry.completed(error.as_ref(), self.now);
         if let Some(error) = error {
             active.stopped = true;
             active.run.owner.on_error(error);
@@ -332,7 +333,6 @@ impl Core {
             };
             Counters::add(count, 1);
             Counters::add(bytes, operation.len);
-            entry.last_progress = self.now;
         }
         self.settle(operation.run)
     }
@@ -435,10 +435,9 @@ impl Core {
     fn fail_if_stalled(&mut self, key: usize) {
         let active = &mut self.runs[key];
         let entry = self.destinations.get(active.destination);
-        let waited: Duration = self.limits.stall_timeout;
-        if entry.operations == 0 && entry.messages == 0 && entry.last_progress.elapsed() > waited {
+        if let Some(error) = entry.stalled(self.now, self.limits.stall_timeout) {
             active.stopped = true;
-            active.run.owner.on_error(stalled(waited));
+            active.run.owner.on_error(error);
         }
     }
 

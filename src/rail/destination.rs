@@ -6,10 +6,13 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crate::error::Result;
+use crate::error::{Error, Result, Status};
 use crate::fabric::{Endpoint, FiAddr};
+
+/// How long a peer whose connection broke may take to accept a new one.
+const RECONNECT_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Addresses kept on a rail; beyond that the longest unused is removed.
 const ADDRESSES_MAX: usize = 32_768;
@@ -30,7 +33,36 @@ pub(super) struct Entry {
     pub users: u32,
     /// When it last accepted or completed something.
     pub last_progress: Instant,
+    /// The connection broke, and nothing has completed since.
+    pub lost: bool,
     last_used: u64,
+}
+
+impl Entry {
+    /// An operation is over.
+    pub fn completed(&mut self, error: Option<&Error>, now: Instant) {
+        match error {
+            None => {
+                self.last_progress = now;
+                self.lost = false;
+            }
+            Some(error) => self.lost |= error.status() == Status::RemoteDisconnect,
+        }
+    }
+
+    /// The error of work for it that was put off, once that has lasted too long. tcp puts posts to a dead peer off
+    /// for ever, while it tries to connect.
+    pub fn stalled(&self, now: Instant, timeout: Duration) -> Option<Error> {
+        let limit = if self.lost { timeout.min(RECONNECT_TIMEOUT) } else { timeout };
+        if self.operations > 0 || self.messages > 0 || now.duration_since(self.last_progress) < limit {
+            return None;
+        }
+        let what = if self.lost { "its connection broke, and it" } else { "it" };
+        Some(Error::disconnected(format!(
+            "{what} accepted nothing for {} ms (connect_timeout_ms); is it alive, and can its address be reached?",
+            limit.as_millis()
+        )))
+    }
 }
 
 /// Key of a destination on its rail.
@@ -81,6 +113,7 @@ impl Destinations {
             messages: 0,
             users: 0,
             last_progress: Instant::now(),
+            lost: false,
             last_used: self.clock,
         };
         let index = self.vacant.pop().unwrap_or_else(|| {

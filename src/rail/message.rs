@@ -129,10 +129,8 @@ impl Messages {
                 }
                 Turn::Blocked => {
                     self.turns.push_back(destination);
-                    let entry = destinations.get(destination);
-                    let resting = entry.messages == 0 && entry.operations == 0;
-                    if resting && now.duration_since(entry.last_progress) > stall_timeout {
-                        finished += self.fail_front(destination, destinations, stall_timeout);
+                    if let Some(error) = destinations.get(destination).stalled(now, stall_timeout) {
+                        finished += self.fail_front(destination, error, destinations);
                     }
                 }
             }
@@ -233,14 +231,13 @@ impl Messages {
         let entry = destinations.get(message.destination);
         entry.messages -= 1;
         message.outstanding -= 1;
+        entry.completed(error.as_ref(), now);
         if let Some(error) = error {
             message.error.get_or_insert(error);
             if let Some(staged) = message.staged.take() {
                 self.free.push(staged.buffer);
             }
             message.exhausted = true;
-        } else {
-            entry.last_progress = now;
         }
         if self.is_queued(key) { 0 } else { self.settle(key, destinations) }
     }
@@ -279,8 +276,8 @@ impl Messages {
     fn fail_front(
         &mut self,
         destination: DestinationKey,
+        error: Error,
         destinations: &mut Destinations,
-        waited: Duration,
     ) -> usize {
         let Some(key) = self.queues.get_mut(&destination).and_then(VecDeque::pop_front) else { return 0 };
         let message = &mut self.active[key];
@@ -288,17 +285,9 @@ impl Messages {
             self.free.push(staged.buffer);
         }
         message.exhausted = true;
-        message.error = Some(stalled(waited));
+        message.error = Some(error);
         self.settle(key, destinations)
     }
 }
 
 struct Full;
-
-/// Error of work whose destination accepted nothing for `waited`.
-pub(super) fn stalled(waited: Duration) -> Error {
-    Error::disconnected(format!(
-        "the peer accepted nothing for {} ms (connect_timeout_ms); is it alive, and can its address be reached?",
-        waited.as_millis()
-    ))
-}
