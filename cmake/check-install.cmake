@@ -1,0 +1,17 @@
+# Installs into a staging directory and looks for both names of the plugin there.
+set(staging "${BUILD_DIR}/staging")
+file(REMOVE_RECURSE "${staging}")
+set(ENV{DESTDIR} "${staging}")
+execute_process(COMMAND "${CMAKE_COMMAND}" --install "${BUILD_DIR}" --prefix /usr RESULT_VARIABLE failed)
+if(failed)
+    message(FATAL_ERROR "cmake --install failed: ${failed}")
+endif()
+if(NOT IS_ABSOLUTE "${PLUGIN_DIR}")
+    set(PLUGIN_DIR "/usr/${PLUGIN_DIR}")
+endif()
+foreach(name libplugin_LIBFABRIC.so libplugin_Libfabric.so)
+    # Also false for a link that leads nowhere.
+    if(NOT EXISTS "${staging}${PLUGIN_DIR}/${name}")
+        message(FATAL_ERROR "${name} was not installed into ${PLUGIN_DIR}")
+    endif()
+endforeach()
