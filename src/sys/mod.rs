@@ -3,6 +3,8 @@
 pub mod cuda;
 pub mod dl;
 pub mod event;
+pub mod hwloc;
 pub mod libfabric;
 pub mod nrt;
+pub mod numa;
 pub mod thread;
