@@ -68,43 +68,36 @@ impl Report<'_> {
 
     /// The tables alone: devices, accelerators, host memory, buffers.
     pub fn tables(&self) -> String {
-        let mut out = String::new();
-        out.push_str("Devices\n");
-        for (at, device) in self.devices.iter().enumerate() {
+        let devices = self.devices.iter().enumerate().map(|(at, device)| {
             let found = self.place(at);
             let pci = found.map(|(_, found)| found.address).or(device.pci);
-            let _ = writeln!(
-                out,
-                "  {at:>3}  {:<16} {:<13} {:<7} {:>12}  PCIe {}",
-                device.short_name(),
+            vec![
+                at.to_string(),
+                device.short_name().to_owned(),
                 pci.map_or("no PCI".to_owned(), |pci| pci.to_string()),
                 self.near(found.map(|(place, _)| place)),
-                Speed(device.speed_bps / 1_000_000).to_string(),
-                Speed(found.map_or(0, |(_, found)| found.link_mbps)),
-            );
-        }
-        out.push_str("\nAccelerator memory\n");
-        for (pci, devices) in self.map.accelerators() {
-            let found = self.machine.accelerators().into_iter().find(|(_, found)| found.address == pci);
+                format!("line {}", Speed(device.speed_bps / 1_000_000)),
+                format!("PCIe {}", Speed(found.map_or(0, |(_, found)| found.link_mbps))),
+            ]
+        });
+        let accelerators = self.map.accelerators().map(|(pci, devices)| {
+            let found = self.accelerator(pci);
             let kind = found.map_or("GPU", |(_, found)| found.kind_name());
-            let near = self.near(found.map(|(place, _)| place));
-            let _ = writeln!(out, "  {kind} {pci}  {near:<7}  {}", self.names(devices));
-        }
-        if self.map.accelerators().next().is_none() {
-            out.push_str("  no accelerator found: all devices for any\n");
-        }
+            vec![format!("{kind} {pci}"), self.near(found.map(|(place, _)| place)), self.names(devices)]
+        });
+        let host = self.host_rows().into_iter().flat_map(|(name, nodes)| {
+            (0..TURNS_SHOWN).map(move |turn| {
+                let name = if turn == 0 { name.clone() } else { String::new() };
+                vec![name, format!("turn {turn}"), self.names(&self.map.for_host(&nodes, turn))]
+            })
+        });
         let limit = match self.map.host_devices_max() {
-            Some(max) => format!("max_bw_per_dram_seg: at most {max}"),
+            Some(max) => format!("at most {max}, by max_bw_per_dram_seg"),
             None => "as many as the PCIe links feed".to_owned(),
         };
-        let _ = writeln!(out, "\nHost memory ({limit})");
-        for (name, nodes) in self.host_rows() {
-            for turn in 0..TURNS_SHOWN {
-                let devices = self.map.for_host(&nodes, turn);
-                let name = if turn == 0 { &name } else { "" };
-                let _ = writeln!(out, "  {name:<7}  turn {turn}  {}", self.names(&devices));
-            }
-        }
+        let mut out = table("Devices", devices);
+        out.push_str(&table("\nAccelerator memory", accelerators));
+        out.push_str(&table(&format!("\nHost memory, {limit}"), host));
         for buffer in self.buffers {
             let (name, devices) = self.answer(*buffer);
             let _ = writeln!(out, "\nBuffer {name}\n  {}", self.names(&devices));
@@ -138,7 +131,7 @@ impl Report<'_> {
             ])
         });
         let accelerators = Json::list(self.map.accelerators(), |(pci, devices)| {
-            let found = self.machine.accelerators().into_iter().find(|(_, found)| found.address == pci);
+            let found = self.accelerator(pci);
             Json::Object(vec![
                 ("kind", found.map_or(Json::Null, |(_, found)| Json::text(found.kind_name()))),
                 ("pci", Json::text(&pci)),
@@ -260,6 +253,10 @@ impl Report<'_> {
         }
     }
 
+    fn accelerator(&self, pci: PciAddress) -> Option<(PlaceId, &PciDevice)> {
+        self.machine.accelerators().into_iter().find(|(_, found)| found.address == pci)
+    }
+
     /// One row for each NUMA node, or one for memory that nobody can place.
     fn host_rows(&self) -> Vec<(String, Vec<(u32, u64)>)> {
         let row = |id: u32| (format!("NUMA {id}"), vec![(id, 1)]);
@@ -291,13 +288,32 @@ impl Report<'_> {
     }
 }
 
+/// A heading, and rows with their columns aligned.
+fn table(heading: &str, rows: impl Iterator<Item = Vec<String>>) -> String {
+    let rows: Vec<Vec<String>> = rows.collect();
+    let mut out = format!("{heading}\n");
+    if rows.is_empty() {
+        out.push_str("  none\n");
+    }
+    for row in &rows {
+        let mut line = String::new();
+        for (at, cell) in row.iter().enumerate() {
+            let width = rows.iter().filter_map(|row| row.get(at)).map(String::len).max().unwrap_or(0);
+            let _ = write!(line, "  {cell:<width$}");
+        }
+        out.push_str(line.trim_end());
+        out.push('\n');
+    }
+    out
+}
+
 /// A speed in Mb/s, written in Gb/s.
 struct Speed(u64);
 
 impl fmt::Display for Speed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
-            0 => f.write_str("speed ?"),
+            0 => f.write_str("? Gb/s"),
             mbps if mbps < 10_000 => write!(f, "{:.1} Gb/s", mbps as f64 / 1000.0),
             mbps => write!(f, "{} Gb/s", mbps / 1000),
         }
