@@ -5,13 +5,15 @@
 
 #[path = "topology_common/mod.rs"]
 mod common;
+#[path = "topology_common/sysfs.rs"]
+mod sysfs;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 
 use common::{Case, cases, folder};
-use nixl_libfabric::topology::{Machine, RailMap, Report, SelectOptions};
+use nixl_libfabric::topology::{Machine, RailDevice, RailMap, Report, SelectOptions};
 
 fn map(machine: &Machine, case: &Case, max_gbps: Option<u64>) -> RailMap {
     let options = SelectOptions { max_bw_per_dram_seg_gbps: max_gbps, ..SelectOptions::default() };
@@ -65,7 +67,7 @@ fn check(file: &str, found: &str) {
 #[test]
 fn both_readers_give_the_golden_answers() {
     for case in cases() {
-        check(&format!("{}.map", case.name), &answers(&case.by_sysfs(), &case));
+        check(&format!("{}.map", case.name), &answers(&sysfs::read(&case), &case));
         if let Some(machine) = case.by_hwloc() {
             check(&format!("{}.map", case.name), &answers(&machine, &case));
         }
@@ -87,7 +89,7 @@ fn the_drawing_of_each_machine() {
 /// How many devices each accelerator has, and how many accelerators share each device.
 fn sharing(name: &str) -> (Vec<usize>, Vec<usize>) {
     let case = cases().into_iter().find(|case| case.name == name).unwrap();
-    let map = map(&case.by_sysfs(), &case, None);
+    let map = map(&sysfs::read(&case), &case, None);
     let mut users: BTreeMap<usize, usize> = (0..case.devices.len()).map(|device| (device, 0)).collect();
     let mut counts = Vec::new();
     for (_, devices) in map.accelerators() {
@@ -113,4 +115,28 @@ fn the_grouping_that_users_know() {
         "the four that a pod has, for every GPU"
     );
     assert_eq!(sharing("p5.48xlarge-pod1"), (vec![1; 8], vec![8]), "the one that a pod has, for every GPU");
+}
+
+#[test]
+fn on_a_machine_that_says_nothing_all_devices_serve_all_memory() {
+    let empty = sysfs::Scratch::new("nothing");
+    let machine = Machine::from_sysfs(empty.path());
+    let devices = ["eth0", "lo"].map(|name| RailDevice { name: name.to_owned(), ..RailDevice::default() });
+    let map = RailMap::build(&machine, &devices, &SelectOptions::default()).unwrap();
+    assert_eq!(map.for_accelerator("0000:00:06.0".parse().ok()), [0, 1]);
+    assert_eq!(map.for_accelerator(None), [0, 1]);
+    assert_eq!(map.for_host(&[(0, 4096)], 3), [0, 1]);
+    assert_eq!(map.for_host(&[(7, 4096)], 3), [0, 1]);
+    assert_eq!(map.for_host(&[], 3), [0, 1]);
+    let none = RailMap::build(&machine, &[], &SelectOptions::default()).unwrap();
+    assert!(none.for_accelerator(None).is_empty() && none.for_host(&[(0, 1)], 0).is_empty());
+}
+
+#[test]
+fn devices_without_an_address_are_known_by_their_name() {
+    let mut case = cases().into_iter().find(|case| case.name == "p5.48xlarge").unwrap();
+    let machine = sysfs::read(&case);
+    let wanted = answers(&machine, &case);
+    case.devices.iter_mut().for_each(|device| device.pci = None);
+    assert_eq!(answers(&machine, &case), wanted);
 }

@@ -98,6 +98,7 @@ impl HostPlan {
         if have < max {
             // Two nodes share their nearest devices: fill up from what is next.
             add(self.of_node(homes[0], Some(max), turn));
+            chosen.truncate(max);
         }
         chosen
     }

@@ -1,5 +1,6 @@
 //! Reader of the machine through libhwloc. Nothing of hwloc is visible outside this file.
 
+use std::fmt::Write;
 use std::path::Path;
 
 use crate::error::{Error, Result};
@@ -16,7 +17,14 @@ const DEPTH_MAX: usize = 64;
 
 pub(super) fn read_this_machine() -> std::result::Result<Machine, String> {
     let topology = Topology::of_this_machine()?;
-    Ok(read(&topology, format!("hwloc {}", topology.library_version())))
+    let mut origin = format!("hwloc {}", topology.library_version());
+    // hwloc's own ways to look at another machine: worth a word in a report.
+    for name in ["HWLOC_XMLFILE", "HWLOC_FSROOT", "HWLOC_SYNTHETIC"] {
+        if let Some(value) = std::env::var_os(name) {
+            let _ = write!(origin, ", with {name}={}", value.display());
+        }
+    }
+    Ok(read(&topology, origin))
 }
 
 pub(super) fn read_xml(path: &Path) -> Result<Machine> {

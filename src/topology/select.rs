@@ -265,8 +265,8 @@ pub(super) fn in_pci_order(
     located
 }
 
-/// At most `max` of the devices, spread evenly over the machine: every NUMA node and every bridge before a second
-/// one of the same. Indices in ascending order.
+/// At most `max` of the devices, spread evenly over the machine: each bridge before a second device below the
+/// same one, and NUMA nodes in turn. Indices in ascending order.
 pub fn spread(machine: &Machine, devices: &[RailDevice], max: usize) -> Vec<usize> {
     let places: Vec<_> = devices.iter().map(|device| place_of(machine, device)).collect();
     let mut by_node: BTreeMap<&[u32], BTreeMap<Option<PlaceId>, Vec<usize>>> = BTreeMap::new();
@@ -274,8 +274,9 @@ pub fn spread(machine: &Machine, devices: &[RailDevice], max: usize) -> Vec<usiz
         let node = by_node.entry(machine.near(place)).or_default();
         node.entry(uplink(machine, place)).or_default().push(device);
     }
-    let nodes = by_node.into_values().map(|groups| interleave(&groups.into_values().collect::<Vec<_>>()));
-    let mut order = interleave(&nodes.collect::<Vec<_>>());
+    let nodes: Vec<Vec<Vec<usize>>> =
+        by_node.into_values().map(|groups| groups.into_values().collect()).collect();
+    let mut order = interleave(&interleave(&nodes));
     order.extend((0..devices.len()).filter(|&device| places[device].is_none()));
     order.truncate(max);
     order.sort_unstable();
@@ -290,9 +291,9 @@ pub(super) fn uplink(machine: &Machine, place: PlaceId) -> Option<PlaceId> {
 }
 
 /// First of each list, then the second of each, and so on.
-pub(super) fn interleave(lists: &[Vec<usize>]) -> Vec<usize> {
+pub(super) fn interleave<T: Clone>(lists: &[Vec<T>]) -> Vec<T> {
     let longest = lists.iter().map(Vec::len).max().unwrap_or(0);
-    (0..longest).flat_map(|at| lists.iter().filter_map(move |list| list.get(at).copied())).collect()
+    (0..longest).flat_map(|at| lists.iter().filter_map(move |list| list.get(at).cloned())).collect()
 }
 
 #[cfg(test)]
