@@ -53,7 +53,8 @@ fn reads_the_kernels_files_where_libhwloc_is_broken() {
 
 #[test]
 fn draws_every_fixture_and_names_every_device() {
-    for case in cases().into_iter().filter(|case| case.name == case.machine && case.name != "laptop") {
+    for case in cases().into_iter().filter(|case| case.name == case.machine && case.devices[0].pci.is_some())
+    {
         if case.by_hwloc().is_none() {
             return;
         }

@@ -1,4 +1,8 @@
 //! Devices for host memory: those of the buffer's NUMA node, as many as the PCI links above them can feed.
+//!
+//! A p5 has sixteen devices of 100 Gb/s on each node, but the four links above them carry 126 Gb/s each: four devices
+//! use them up, and more would only wait for each other. Where the machine says nothing of its links, all devices
+//! of the node serve it; devices of other nodes only where `max_bw_per_dram_seg` asks for them.
 
 use std::collections::BTreeMap;
 
@@ -177,12 +181,13 @@ impl HostPlan {
             }
             let rail = &self.rails[device];
             let fits = |&(bridge, mbps): &(PlaceId, u64)| {
-                let fed = mbps + mbps * LINK_TOLERANCE_PERCENT / 100;
-                used.get(&bridge).is_none_or(|used| used + rail.need_mbps <= fed)
+                let fed = mbps.saturating_add(mbps / 100 * LINK_TOLERANCE_PERCENT);
+                used.get(&bridge).is_none_or(|used| used.saturating_add(rail.need_mbps) <= fed)
             };
             if rail.feeds.iter().all(fits) {
                 for &(bridge, _) in &rail.feeds {
-                    *used.entry(bridge).or_default() += rail.need_mbps;
+                    let used = used.entry(bridge).or_default();
+                    *used = used.saturating_add(rail.need_mbps);
                 }
                 chosen.push(device);
             }

@@ -150,10 +150,13 @@ pub fn rail_devices(root: &Path) -> Vec<RailDevice> {
     }
     let mut interfaces = class("net");
     interfaces.retain(|path| file_name(path) != "lo");
-    interfaces
-        .iter()
-        .map(|path| device(path, 1_000_000 * text(&path.join("speed")).parse().unwrap_or(0)))
-        .collect()
+    interfaces.iter().map(|path| device(path, interface_speed_bps(path))).collect()
+}
+
+/// Line speed of an interface; its `speed` is in Mb/s, and -1 or `u32::MAX` where the driver does not know.
+fn interface_speed_bps(path: &Path) -> u64 {
+    let mbps = text(&path.join("speed")).parse().ok().filter(|&mbps| mbps != u32::MAX);
+    u64::from(mbps.unwrap_or(0)) * 1_000_000
 }
 
 /// Line speed of an RDMA device: the sum of its ports, whose `rate` reads `100 Gb/sec (4X EDR)`.
