@@ -105,7 +105,7 @@ class Bed:
         """Every agent that still runs must go in peace: it is destroyed and its process ends with status 0."""
         statuses = {}
         for agent in self.agents:
-            if agent.process.poll() is None:
+            if agent.process.poll() is None and not agent.hangs and not agent.stopped:
                 try:
                     statuses[agent.name] = agent.close()
                 finally:

@@ -39,8 +39,6 @@ def test_ranges_that_meet(bed, progress, regions):
     # The first goes; the last must still serve.
     for buffer in (source, target):
         buffer.agent.call("deregister", numbers[buffer].pop(0))
-    first.call("remove_remote", second.name)
-    first.knows(second)
     offset, size = regions[-1]
     part = slice(offset, offset + size)
     target.fill()

@@ -137,12 +137,12 @@ def receive_and_overwrite(worker, buffer):
 
 @pytest.mark.stock_fails("every write without a notification stays in a table that each completion scans")
 def test_silent_writes_do_not_delay_a_notification(bed, progress):
-    """20,000 writes without a notification, then one with: it is there at once."""
+    """66,000 writes without a notification, then one with: it is there at once."""
     first, second = bed.pair(progress_thread=progress)
     source, target = first.buffer(4096, seed=1), second.buffer(4096)
     first.knows(second)
     handle = first.prepare("WRITE", [source[:64]], [target[:64]], second)
-    first.run(post_many, handle, 20_000, deadline=120)
+    first.run(post_many, handle, 66_000, deadline=180)
     first.transfer("WRITE", [source[:]], [target[:]], second, b"last")
     found = second.call("receive", 1, 2)
     assert found == [(first.name, b"last")], "not there 2 s after the transfer was DONE"

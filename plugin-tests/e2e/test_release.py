@@ -51,6 +51,7 @@ def test_agent_goes_with_transfers_in_flight(bed, progress):
     assert (third.name, b"still here") in second.call("receive", 5, 5)
 
 
+@pytest.mark.stock_fails("a peer that was removed and added again answers no more")
 def test_deregister_then_register_again(bed, progress):
     first, second = bed.pair(progress_thread=progress)
     source, target = first.buffer(MIB, seed=1), second.buffer(MIB)

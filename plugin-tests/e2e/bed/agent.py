@@ -51,6 +51,7 @@ class Buffer:
 class Agent:
     def __init__(self, name, host=Host(), space=None, log=None, wrap=()):
         self.name, self.host, self.log = name, host, log
+        self.hangs = self.stopped = False
         ours, theirs = socket.socketpair()
         command = [*(space.enter() if space else ()), *wrap, str(PYTHON), "-m", "bed.worker", str(theirs.fileno())]
         with open(log or os.devnull, "ab") as output:
@@ -71,6 +72,7 @@ class Agent:
         if not self.pipe.poll(deadline):
             self.process.send_signal(signal.SIGUSR1)  # writes the stacks of its threads to the log
             time.sleep(0.2)
+            self.hangs = True
             raise NoAnswer(f"{self.name}: {what} still runs after {deadline} s; its log: {self.log}")
         try:
             well, answer = self.pipe.recv()
@@ -130,9 +132,11 @@ class Agent:
 
     def stop(self):
         self.process.send_signal(signal.SIGSTOP)
+        self.stopped = True
 
     def resume(self):
         self.process.send_signal(signal.SIGCONT)
+        self.stopped = False
 
     def kill(self):
         self.process.kill()
