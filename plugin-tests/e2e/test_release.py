@@ -12,27 +12,17 @@ def test_release_in_flight(bed, progress, operation):
     size = 128 * MIB
     first, second = bed.pair(progress_thread=progress)
     near, far = first.buffer(size, seed=1), second.buffer(size, seed=2)
+    # The dropped transfers have buffers of their own: nobody can say what they still move.
+    near_dropped, far_dropped = first.buffer(size, seed=3), second.buffer(size, seed=4)
     first.knows(second)
     source, target = (near, far) if operation == "WRITE" else (far, near)
     for turn in range(10):
-        dropped = first.prepare(operation, [near[:]], [far[:]], second)
+        dropped = first.prepare(operation, [near_dropped[:]], [far_dropped[:]], second, b"dropped")
         first.call("post", dropped)
         first.call("release", dropped)
-        seed = 10 + turn
-        # What the dropped transfer still moves comes from the front half; the checked one moves the back half.
-        back = slice(size // 2, size)
-        source.fill(seed)
-        first.transfer(operation, [near[back]], [far[back]], second)
-        difference = target.agent.run(compare_back, target.number, seed)
-        assert difference is None, f"round {turn}: {difference}"
-
-
-def compare_back(worker, buffer, seed):
-    from bed.pattern import first_difference, pattern
-
-    array = worker.buffers[buffer]
-    half = array.size // 2
-    return first_difference(array[half:], pattern(seed, array.size)[half:])
+        source.fill(10 + turn)
+        first.transfer(operation, [near[:]], [far[:]], second, b"kept")
+        target.check(10 + turn)
 
 
 def test_agent_goes_with_transfers_in_flight(bed, progress):

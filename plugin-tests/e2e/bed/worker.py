@@ -34,7 +34,8 @@ def load_nixl():
 
 
 class Worker:
-    def __init__(self):
+    def __init__(self, pipe):
+        self.pipe = pipe
         self.agent = None
         self.drive = False
         self.buffers = {}
@@ -180,7 +181,7 @@ class Worker:
 
 
 def serve(pipe):
-    worker = Worker()
+    worker = Worker(pipe)
     while True:
         while worker.drive and not pipe.poll(IDLE_POLL_S):
             worker.collect()
