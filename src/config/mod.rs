@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 pub use options::{Config, OPTIONS};
-pub use value::{DeviceList, DeviceRule, Fabric, GpuDevices, GpuRule, Wait};
+pub use value::{Fabric, Wait};
 
 use crate::error::{Error, Result};
 

@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use super::value::{DeviceList, Fabric, FromText, GpuDevices, Wait};
+use super::value::{Fabric, FromText, Wait};
 use super::{Range, Spec, Value, bad_value};
 use crate::error::Result;
+use crate::topology::{DeviceFilter, GpuDevices};
 
 /// Writes the typed [`Config`] and the rows of [`OPTIONS`] from one list.
 macro_rules! options {
@@ -59,7 +60,7 @@ options! {
     "require_rdma" => require_rdma: bool = "false", SWITCH;
 
     "Devices to use, by name or PCI address; `*` and `?` match, `!` denies. Empty: all."
-    "devices" => devices: DeviceList = "", Range::Text("globs, comma-separated, such as `rdmap*,!0000:53:00.0`");
+    "devices" => devices: DeviceFilter = "", Range::Text("globs, comma-separated, such as `rdmap*,!0000:53:00.0`");
 
     "Most rails to use; 0: all."
     "max_rails" => max_rails: u16 = "0", Range::Number(0, 1024, COUNT);

@@ -1,8 +1,10 @@
 //! Which devices become rails.
 
+use super::placement::describe;
 use crate::config::{Config, Fabric};
 use crate::error::{Error, Result};
 use crate::fabric::{AddrFormat, Device, Libfabric, Query, efa};
+use crate::topology::{DeviceFilter, Machine, spread};
 use crate::types::MemKind;
 
 /// Core providers that move data through the kernel or the processor, best first. Utility providers stand behind
@@ -61,7 +63,7 @@ pub(super) fn find(library: &Libfabric, config: &Config) -> Result<Found> {
     }
     let devices = once_each(offered.into_iter().filter(|device| device.provider() == chosen), config.fabric);
     let devices = if software { interfaces(devices) } else { devices };
-    let devices = allowed(devices, config)?;
+    let devices = allowed(&devices, config)?;
     let devices = limited(devices, config, software);
     if software && asked.is_none() {
         log::warn!(
@@ -124,32 +126,26 @@ fn interfaces(devices: Vec<Device>) -> Vec<Device> {
     if real.is_empty() { loopback } else { real }
 }
 
-fn allowed(devices: Vec<Device>, config: &Config) -> Result<Vec<Device>> {
-    if config.devices.0.is_empty() {
-        return Ok(devices);
-    }
-    let known = names(&devices);
-    let matches = |device: &Device| {
-        let nic = device.nic();
-        let by_name = [Some(device.domain_name()), nic.map(|n| n.name.as_str())];
-        by_name.into_iter().flatten().any(|name| config.devices.allows(name, nic.and_then(|n| n.pci)))
-    };
-    let chosen: Vec<_> = devices.into_iter().filter(matches).collect();
-    if chosen.is_empty() {
-        return Err(Error::invalid(format!("the option devices leaves no device; there are: {known}")));
-    }
-    Ok(chosen)
+fn allowed(devices: &[Device], config: &Config) -> Result<Vec<Device>> {
+    let described: Vec<_> = devices.iter().map(describe).collect();
+    let kept = config.devices.apply(&described)?;
+    Ok(kept.into_iter().map(|i| devices[i].clone()).collect())
 }
 
 /// A software provider takes one interface unless the user names several: which of them reach the peer's
 /// interfaces is not known here.
+/// With fewer rails than devices, those that remain are spread over the machine.
 fn limited(mut devices: Vec<Device>, config: &Config, software: bool) -> Vec<Device> {
-    let limit = match (config.max_rails, software && config.devices.0.is_empty()) {
+    let limit = match (config.max_rails, software && config.devices == DeviceFilter::default()) {
         (0, false) => usize::MAX,
         (0, true) => 1,
         (n, _) => n as usize,
     };
-    devices.truncate(limit);
+    if devices.len() > limit {
+        let described: Vec<_> = devices.iter().map(describe).collect();
+        devices =
+            spread(&Machine::discover(), &described, limit).into_iter().map(|i| devices[i].clone()).collect();
+    }
     devices
 }
 

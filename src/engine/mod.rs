@@ -3,9 +3,10 @@
 
 mod discover;
 mod open;
+mod placement;
 mod shared;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -461,17 +462,18 @@ fn local(metadata: &Metadata) -> Result<&Arc<Registration>> {
 struct Regions<'a> {
     registrations: Vec<Arc<Registration>>,
     lanes: Vec<Vec<Lane>>,
-    pairs: std::collections::HashMap<(usize, usize), (u32, u32, &'a RemoteRegion)>,
-    last: Option<((usize, usize), (u32, u32, &'a RemoteRegion))>,
+    pairs: HashMap<PairKey, Resolved<'a>>,
+    last: Option<(PairKey, Resolved<'a>)>,
 }
+
+/// A pair of metadata handles, by address: they outlive the preparation.
+type PairKey = (usize, usize);
+/// Indices of the local region and of the pair's lanes, and the remote region.
+type Resolved<'a> = (u32, u32, &'a RemoteRegion);
 
 impl<'a> Regions<'a> {
     /// Indices of the local region and of the lanes of the pair.
-    fn resolve(
-        &mut self,
-        here: &'a Arc<Metadata>,
-        there: &'a Arc<Metadata>,
-    ) -> Result<(u32, u32, &'a RemoteRegion)> {
+    fn resolve(&mut self, here: &'a Arc<Metadata>, there: &'a Arc<Metadata>) -> Result<Resolved<'a>> {
         let key = (Arc::as_ptr(here) as usize, Arc::as_ptr(there) as usize);
         if let Some((_, found)) = self.last.filter(|(last, _)| *last == key) {
             return Ok(found);
@@ -486,10 +488,10 @@ impl<'a> Regions<'a> {
 
     fn add(
         &mut self,
-        key: (usize, usize),
+        key: PairKey,
         here: &'a Arc<Metadata>,
         there: &'a Arc<Metadata>,
-    ) -> Result<(u32, u32, &'a RemoteRegion)> {
+    ) -> Result<Resolved<'a>> {
         let registration = local(here)?;
         let Metadata::Remote(remote) = there.as_ref() else {
             return Err(Error::invalid("the remote side of a transfer with a peer is memory of this agent"));

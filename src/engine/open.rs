@@ -1,6 +1,5 @@
 //! From options to open rails.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, OnceLock};
@@ -8,45 +7,21 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use super::InitParams;
 use super::discover::{self, Found, names};
+use super::placement::Placement;
 use super::shared::Shared;
 use crate::config::{Config, Wait};
 use crate::error::{Error, Result};
-use crate::fabric::{Device, Domain, Fabric, Libfabric, MemoryRange};
+use crate::fabric::{Device, Domain, Fabric, Libfabric};
 use crate::notify::Inbox;
 use crate::peer::{Local, PeerTable};
 use crate::progress::{Driver, Pace, ProgressThreads};
 use crate::rail::{MESSAGE_BYTES_MAX, Rail, RailLimits};
 use crate::transfer::{LocalCopies, Rates};
-use crate::types::{Desc, MemKind, RailId};
+use crate::types::RailId;
 use crate::wire::{ConnectionInfo, EndpointName, Extension};
 
 /// Bytes of notifications that wait for the user before the network is left alone.
 const INBOX_BYTES_MAX: u64 = 1 << 30;
-
-/// Which rails serve which memory.
-#[derive(Debug)]
-pub(super) struct Placement {
-    rails: Vec<RailId>,
-}
-
-impl Placement {
-    pub fn mems(&self) -> Vec<MemKind> {
-        vec![MemKind::Dram]
-    }
-
-    pub fn rails_for_host(&self, _range: MemoryRange, _turn: u64) -> Vec<RailId> {
-        self.rails.clone()
-    }
-
-    /// Attributes of a range that can be registered.
-    pub fn describe(&self, kind: MemKind, desc: &Desc) -> Option<BTreeMap<String, String>> {
-        if kind != MemKind::Dram || desc.len == 0 || desc.addr.checked_add(desc.len).is_none() {
-            return None;
-        }
-        let rails: Vec<String> = self.rails.iter().map(ToString::to_string).collect();
-        Some(BTreeMap::from([("mem".to_owned(), kind.to_string()), ("rails".to_owned(), rails.join(","))]))
-    }
-}
 
 /// Opens everything that an engine needs.
 pub(super) fn open(init: InitParams) -> Result<(Arc<Shared>, Option<ProgressThreads>)> {
@@ -56,6 +31,7 @@ pub(super) fn open(init: InitParams) -> Result<(Arc<Shared>, Option<ProgressThre
     let found = discover::find(&library, &config)?;
     let use_wait_fd = init.progress_thread && config.wait != Wait::Sleep;
     let rails = open_rails(&library, &found, &config, use_wait_fd)?;
+    let placement = Placement::new(rails.iter().map(|rail| (rail.id(), rail.device())), &config)?;
     let extension = Extension::ours(incarnation(), MESSAGE_BYTES_MAX as u32, config.notif_bytes_max);
     let endpoints =
         rails.iter().map(|rail| EndpointName::new(rail.endpoint_name())).collect::<Result<_>>()?;
@@ -74,7 +50,7 @@ pub(super) fn open(init: InitParams) -> Result<(Arc<Shared>, Option<ProgressThre
         inbox: Inbox::new(INBOX_BYTES_MAX),
         copies: LocalCopies::default(),
         local_rates: Rates::default(),
-        placement: Placement { rails: local.rails.iter().map(|rail| rail.id()).collect() },
+        placement,
         virtual_addresses: found.devices[0].mr_virt_addr(),
         message_bytes_max: message_bytes_max(&found.devices),
         wakers: OnceLock::new(),
@@ -99,7 +75,7 @@ pub(super) fn open(init: InitParams) -> Result<(Arc<Shared>, Option<ProgressThre
         None
     };
     log::info!(
-        "agent {}: libfabric {} ({}), provider {}{}, {} rails on {}, memory {}, progress {}",
+        "agent {}: libfabric {} ({}), provider {}{}, {} rails on {}, memory {}, topology by {}, progress {}",
         local.name,
         library.version(),
         library.origin(),
@@ -108,6 +84,7 @@ pub(super) fn open(init: InitParams) -> Result<(Arc<Shared>, Option<ProgressThre
         local.rails.len(),
         names(&found.devices),
         shared.placement.mems().iter().map(ToString::to_string).collect::<Vec<_>>().join("+"),
+        shared.placement.origin,
         if progress.is_some() { "by threads" } else { "by the callers" },
     );
     if !found.delivery_complete {

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::open::Placement;
+use super::placement::Placement;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::notify::Inbox;
@@ -212,7 +212,7 @@ impl Shared {
 
     fn refused(&self, error: &Error) {
         let count = self.malformed.fetch_add(1, Ordering::Relaxed) + 1;
-        if count <= MALFORMED_LOGGED || count % 100 == 0 {
+        if count <= MALFORMED_LOGGED || count.is_multiple_of(100) {
             log::warn!("dropped what a peer sent: {error} ({count} so far)");
         }
     }

@@ -115,7 +115,7 @@ impl Registration {
     /// What peers need to reach it.
     pub fn public_metadata(&self) -> PublicMetadata {
         PublicMetadata {
-            keys: self.regions.iter().map(|r| r.as_ref().map(|r| r.key())).collect(),
+            keys: self.regions.iter().map(|r| r.as_ref().map(MemoryRegion::key)).collect(),
             addr: self.range.addr(),
         }
     }

@@ -25,7 +25,7 @@ use crate::wire::{
 /// Control messages waiting for one peer; beyond it new ones are refused.
 const MESSAGES_PENDING_MAX: u64 = 65_536;
 /// A hello without an answer is said again after this long.
-const HELLO_AGAIN: Duration = Duration::from_millis(1000);
+const HELLO_AGAIN: Duration = Duration::from_secs(1);
 
 /// What all peers of an engine share.
 pub struct Local {
@@ -267,20 +267,18 @@ impl Peer {
                     }
                     outcome
                 }
-                Waiting::Transfer(transfer, message) => match self.transfer_id(state) {
-                    Some(id) => {
-                        let outcome = self.send_transfer(state, &transfer, id, message, theirs.index);
-                        if let Err(e) = &outcome {
-                            transfer.fail(e.clone());
-                        }
-                        ended.push(transfer);
-                        outcome
-                    }
-                    None => {
+                Waiting::Transfer(transfer, message) => {
+                    let Some(id) = self.transfer_id(state) else {
                         state.waiting.push_front(Waiting::Transfer(transfer, message));
                         return ended;
+                    };
+                    let outcome = self.send_transfer(state, &transfer, id, message, theirs.index);
+                    if let Err(e) = &outcome {
+                        transfer.fail(e.clone());
                     }
-                },
+                    ended.push(transfer);
+                    outcome
+                }
             };
             if let Err(e) = outcome {
                 log::warn!("nothing could be sent to {}: {e}", self.name);
@@ -393,10 +391,10 @@ impl Peer {
             state.window_ids = WindowIds::new();
             state.messages = 0;
         }
-        if reaction.answer {
-            if let Err(e) = self.say_hello(&mut state) {
-                log::error!("the handshake with {} cannot be answered: {e}", self.name);
-            }
+        if reaction.answer
+            && let Err(e) = self.say_hello(&mut state)
+        {
+            log::error!("the handshake with {} cannot be answered: {e}", self.name);
         }
         state.suspect = None;
         self.flush(state);
@@ -464,10 +462,12 @@ impl Peer {
             return false;
         }
         let said = state.hello_at.is_some_and(|at| now.duration_since(at) > HELLO_AGAIN);
-        if said && state.link.theirs().is_none() && self.pending_messages.load(Ordering::Relaxed) == 0 {
-            if let Err(e) = self.say_hello(&mut state) {
-                log::warn!("no hello to {}: {e}", self.name);
-            }
+        if said
+            && state.link.theirs().is_none()
+            && self.pending_messages.load(Ordering::Relaxed) == 0
+            && let Err(e) = self.say_hello(&mut state)
+        {
+            log::warn!("no hello to {}: {e}", self.name);
         }
         true
     }

@@ -67,10 +67,10 @@ impl MessageSource for Outgoing {
     fn on_finished(self: Box<Self>, result: Result<()>) {
         self.peer.pending_messages.fetch_sub(1, Ordering::Relaxed);
         self.peer.pending_bytes.fetch_sub(self.bytes, Ordering::Relaxed);
-        if let Err(e) = &result {
-            if e.status() == Status::RemoteDisconnect || self.transfer.is_none() {
-                self.peer.on_send_error(e);
-            }
+        if let Err(e) = &result
+            && (e.status() == Status::RemoteDisconnect || self.transfer.is_none())
+        {
+            self.peer.on_send_error(e);
         }
         if let Some(transfer) = self.transfer {
             if let Err(e) = result {

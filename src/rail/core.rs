@@ -172,10 +172,11 @@ impl Core {
         let mut finished = self.take_in(inbox);
         let mut handled = self.poll(events, &mut finished);
         // A user who never takes notifications is met by senders who wait, not by memory that fills up.
-        if self.broken.is_none() && events.has_room() {
-            if let Err(e) = self.receives.post(&mut self.endpoint) {
-                self.break_down(e, &mut finished);
-            }
+        if self.broken.is_none()
+            && events.has_room()
+            && let Err(e) = self.receives.post(&mut self.endpoint)
+        {
+            self.break_down(e, &mut finished);
         }
         if self.broken.is_none() {
             let (posted, ended) = self.messages.post(

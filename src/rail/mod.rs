@@ -132,7 +132,10 @@ pub struct Rail {
 
 impl fmt::Debug for Rail {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Rail").field("id", &self.id).field("device", &self.device.domain_name()).finish()
+        f.debug_struct("Rail")
+            .field("id", &self.id)
+            .field("device", &self.device.domain_name())
+            .finish_non_exhaustive()
     }
 }
 
