@@ -7,8 +7,8 @@ mod placement;
 mod shared;
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 pub use self::discover::available_mems;
@@ -68,13 +68,17 @@ pub struct Engine {
     progress: Option<ProgressThreads>,
     /// Counts transfers and registrations, so that equal ones take turns on the rails.
     turn: AtomicU64,
+    registered: Mutex<HashMap<RangeKey, Weak<Registration>>>,
 }
+
+/// Address, length, kind and device of a registered range.
+type RangeKey = (u64, u64, MemKind, u64);
 
 impl Engine {
     /// Opens the rails and starts the progress threads.
     pub fn create(init: InitParams) -> Result<Self> {
         let (shared, progress) = open::open(init)?;
-        Ok(Self { shared, progress, turn: AtomicU64::new(0) })
+        Ok(Self { shared, progress, turn: AtomicU64::new(0), registered: Mutex::default() })
     }
 
     /// Memory kinds that can be registered, at least one.
@@ -86,7 +90,7 @@ impl Engine {
     pub fn register_mem(&self, range: MemoryRange, dev_id: u64, kind: MemKind) -> Result<Arc<Metadata>> {
         if range.is_empty() {
             return Err(Error::invalid(format!(
-                "a range of 0 bytes at {:#x} cannot be registered",
+                "a range of length 0 at {:#x} cannot be registered",
                 range.addr()
             )));
         }
@@ -96,6 +100,14 @@ impl Engine {
                 range.addr(),
                 range.len()
             )));
+        }
+        // The core wants one metadata for one range, so a range that is registered again shares its registration.
+        let mut registered = self.lock_registered();
+        let key = (range.addr(), range.len(), kind, dev_id);
+        if let Some(known) = registered.get(&key).and_then(Weak::upgrade)
+            && known.add_holder()
+        {
+            return Ok(Arc::new(Metadata::Local(known)));
         }
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
         let (rails, hmem) = match kind {
@@ -110,15 +122,19 @@ impl Engine {
             }
             other => return Err(Error::not_supported(format!("{other} memory is not for this backend"))),
         };
-        let registration = Registration::new(self.rails(), rails, range, kind, dev_id, hmem, None)?;
+        let registration = Arc::new(Registration::new(self.rails(), rails, range, kind, dev_id, hmem, None)?);
         log::debug!("registered {registration} on {} rails", registration.rails().len());
-        Ok(Arc::new(Metadata::Local(Arc::new(registration))))
+        registered.retain(|_, known| known.strong_count() > 0);
+        registered.insert(key, Arc::downgrade(&registration));
+        Ok(Arc::new(Metadata::Local(registration)))
     }
 
     /// Ends a registration. Waits for transfers in flight that use it, `drain_timeout_ms` at most.
     pub fn deregister_mem(&self, metadata: &Arc<Metadata>) -> Result<()> {
         let registration = local(metadata)?;
-        registration.retire();
+        if !registration.drop_holder() {
+            return Ok(());
+        }
         let deadline = Instant::now() + self.shared.config.drain_timeout;
         while registration.uses() > 0 {
             if Instant::now() > deadline {
@@ -423,6 +439,10 @@ impl Engine {
                 "no transfer of this kind and size was measured yet, so none can be estimated",
             )
         })
+    }
+
+    fn lock_registered(&self) -> MutexGuard<'_, HashMap<RangeKey, Weak<Registration>>> {
+        self.registered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn rails(&self) -> &[Arc<crate::rail::Rail>] {

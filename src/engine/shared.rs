@@ -9,7 +9,7 @@ use super::placement::Placement;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::notify::Inbox;
-use crate::peer::{Local, PeerTable};
+use crate::peer::{Local, Peer, PeerTable};
 use crate::progress::{Driver, Waker};
 use crate::rail::{Rail, RailEvents};
 use crate::transfer::{LocalCopies, Rates};
@@ -140,9 +140,8 @@ impl Shared {
             Immediate::StockNotification { index, .. } => {
                 let fragment = StockFragment::decode(body)?;
                 let Some(peer) = self.peers.by_index(u16::from(index)) else { return Ok(()) };
-                if let Some(message) = peer.receive(|receiver| receiver.on_stock_fragment(&fragment))? {
-                    self.inbox.push(peer.name().clone(), message);
-                }
+                let message = peer.receive(|receiver| receiver.on_stock_fragment(&fragment))?;
+                self.deliver(&peer, message);
                 Ok(())
             }
             Immediate::Control { peer } => {
@@ -153,9 +152,8 @@ impl Shared {
                 }
                 match message.body {
                     Body::Fragment(fragment) => {
-                        if let Some(whole) = peer.receive(|receiver| receiver.on_fragment(&fragment))? {
-                            self.inbox.push(peer.name().clone(), whole);
-                        }
+                        let message = peer.receive(|receiver| receiver.on_fragment(&fragment))?;
+                        self.deliver(&peer, message);
                         Ok(())
                     }
                     Body::TransferFailed { transfer_id, .. } => {
@@ -184,8 +182,7 @@ impl Shared {
                 None => return Ok(()),
             },
         };
-        peer.on_hello(hello);
-        Ok(())
+        peer.on_hello(hello)
     }
 
     fn on_write(&self, immediate: u32) -> Result<()> {
@@ -204,10 +201,17 @@ impl Shared {
                 return Err(Error::invalid(format!("a write came with the immediate data of {other:?}")));
             }
         };
-        if let Some(message) = message {
-            self.inbox.push(peer.name().clone(), message);
-        }
+        self.deliver(&peer, message);
         Ok(())
+    }
+
+    fn deliver(&self, peer: &Arc<Peer>, message: Option<Vec<u8>>) {
+        let Some(message) = message else { return };
+        if self.peers.is_heard(peer) {
+            self.inbox.push(peer.name().clone(), message);
+        } else {
+            log::debug!("a notification of {}, which was removed, is dropped", peer.name());
+        }
     }
 
     fn refused(&self, error: &Error) {

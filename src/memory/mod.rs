@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::error::{Error, Result};
 use crate::fabric::{Dmabuf, Hmem, MemoryRange, MemoryRegion, next_key};
@@ -26,7 +26,8 @@ pub struct Registration {
     rails: Vec<RailId>,
     /// Posts in flight that use it.
     in_use: AtomicUsize,
-    retired: AtomicBool,
+    /// Times that the host has registered it and not deregistered it; at 0 no new post may use it.
+    holders: AtomicUsize,
 }
 
 impl fmt::Display for Registration {
@@ -88,7 +89,7 @@ impl Registration {
             regions,
             rails,
             in_use: AtomicUsize::new(0),
-            retired: AtomicBool::new(false),
+            holders: AtomicUsize::new(1),
         })
     }
 
@@ -140,14 +141,20 @@ impl Registration {
         self.in_use.load(Ordering::Acquire)
     }
 
-    /// No new post may use it.
-    pub fn retire(&self) {
-        self.retired.store(true, Ordering::Release);
+    /// The host registers it once more. `false` if it has been given up already.
+    pub fn add_holder(&self) -> bool {
+        let more = |holders: usize| (holders > 0).then_some(holders + 1);
+        self.holders.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).is_ok()
+    }
+
+    /// The host deregisters it once. `true` if that was the last time: no new post may use it.
+    pub fn drop_holder(&self) -> bool {
+        self.holders.fetch_sub(1, Ordering::AcqRel) == 1
     }
 
     /// Whether the host has deregistered it.
     pub fn is_retired(&self) -> bool {
-        self.retired.load(Ordering::Acquire)
+        self.holders.load(Ordering::Acquire) == 0
     }
 }
 

@@ -380,7 +380,13 @@ impl Peer {
     }
 
     /// Takes in a handshake of the peer.
-    pub fn on_hello(self: &Arc<Self>, hello: &Handshake) {
+    pub fn on_hello(self: &Arc<Self>, hello: &Handshake) -> Result<()> {
+        if self.extension().is_some() && hello.extension.is_none() {
+            return Err(Error::invalid(format!(
+                "a handshake of the stock wire in the name of {}, which speaks ours",
+                self.name
+            )));
+        }
         let mut state = self.lock();
         let local = &self.local;
         let reaction = state.link.on_hello(hello, || local.session());
@@ -398,6 +404,7 @@ impl Peer {
         }
         state.suspect = None;
         self.flush(state);
+        Ok(())
     }
 
     /// Acknowledges transfers of ours.

@@ -1,6 +1,6 @@
 //! All peers of an engine, by name and by the index that they send us.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::{Local, Peer};
@@ -23,7 +23,13 @@ struct Inner {
     /// possible, because immediates for its last owner may still be under way.
     next_stock: u16,
     next: u16,
+    /// Indices of removed peers that are still listened to, oldest first.
+    lingering: VecDeque<u16>,
 }
+
+/// Removed peers that are still listened to. A peer that we removed and added again sends under its old index until
+/// our hello has reached it; what it sends meanwhile is not lost.
+const LINGERING_MAX: usize = 64;
 
 impl PeerTable {
     /// The peer with this name.
@@ -31,7 +37,12 @@ impl PeerTable {
         self.read().by_name.get(name).cloned()
     }
 
-    /// The peer to which we gave this index.
+    /// Whether notifications of a peer are for the user: it is known, if only under a later index.
+    pub fn is_heard(&self, peer: &Arc<Peer>) -> bool {
+        self.read().by_name.get(&peer.name).is_some_and(|now| now.info.endpoints == peer.info.endpoints)
+    }
+
+    /// The peer to which we gave this index, though it may be removed since.
     pub fn by_index(&self, index: u16) -> Option<Arc<Peer>> {
         self.read().by_index.get(index as usize)?.clone()
     }
@@ -91,34 +102,44 @@ impl PeerTable {
 impl Inner {
     fn remove(&mut self, peer: &Arc<Peer>, why: &Error) {
         self.by_name.remove(&peer.name);
-        self.by_index[peer.index as usize] = None;
+        self.lingering.push_back(peer.index);
+        if self.lingering.len() > LINGERING_MAX {
+            self.forget_oldest();
+        }
         peer.close(why);
     }
 
-    /// Stock peers need an index of 8 bits, so ours leave those alone while there are others.
+    fn forget_oldest(&mut self) -> bool {
+        let Some(index) = self.lingering.pop_front() else { return false };
+        self.by_index[index as usize] = None;
+        true
+    }
+
+    /// Stock peers need an index of 8 bits, so ours leave those alone. An index for which a removed peer lingers
+    /// comes last.
     fn free_index(&mut self, speaks_v2: bool) -> Result<u16> {
-        let (first, last, next) = if speaks_v2 {
-            (STOCK_PEERS_MAX, PEERS_MAX, &mut self.next)
-        } else {
-            (1, STOCK_PEERS_MAX, &mut self.next_stock)
-        };
-        let count = last - first;
-        for step in 0..count {
-            let index = first + (next.wrapping_add(step)) % count;
-            let slot = index as usize;
-            if self.by_index.len() <= slot {
-                self.by_index.resize(slot + 1, None);
-            }
-            if self.by_index[slot].is_none() {
-                *next = (index - first + 1) % count;
+        let range = if speaks_v2 { STOCK_PEERS_MAX..PEERS_MAX } else { 1..STOCK_PEERS_MAX };
+        loop {
+            let next = if speaks_v2 { &mut self.next } else { &mut self.next_stock };
+            let start = (*next).clamp(range.start, range.end - 1);
+            let in_turn = (start..range.end).chain(range.start..start);
+            let taken = |index: &u16| self.by_index.get(*index as usize).is_some_and(Option::is_some);
+            if let Some(index) = in_turn.clone().find(|index| !taken(index)) {
+                *next = if index + 1 == range.end { range.start } else { index + 1 };
+                let len = self.by_index.len().max(index as usize + 1);
+                self.by_index.resize(len, None);
                 return Ok(index);
+            }
+            if !self.forget_oldest() {
+                break;
             }
         }
         let kind = if speaks_v2 { "" } else { " that run the C++ plugin" };
         Err(Error::new(
             Status::NotAllowed,
             format!(
-                "there are {count} peers{kind} already, more than the wire can tell apart; remove some first"
+                "there are {} peers{kind} already, more than the wire can tell apart; remove some first",
+                range.len()
             ),
         ))
     }
