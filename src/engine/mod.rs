@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 pub use self::discover::available_mems;
 use self::shared::Shared;
 use crate::error::{Error, Result, Status};
-use crate::fabric::{Hmem, MemoryRange};
+use crate::fabric::{Hmem, Libfabric, MemoryRange};
 use crate::memory::{Registration, RemoteRegion};
 pub use crate::notify::Notification;
 use crate::progress::ProgressThreads;
@@ -77,7 +77,16 @@ type RangeKey = (u64, u64, MemKind, u64);
 impl Engine {
     /// Opens the rails and starts the progress threads.
     pub fn create(init: InitParams) -> Result<Self> {
-        let (shared, progress) = open::open(init)?;
+        Self::open(init, None)
+    }
+
+    /// As [`create`](Self::create), on a libfabric that the caller has: tests bring a simulated one.
+    pub fn create_on(library: Libfabric, init: InitParams) -> Result<Self> {
+        Self::open(init, Some(library))
+    }
+
+    fn open(init: InitParams, library: Option<Libfabric>) -> Result<Self> {
+        let (shared, progress) = open::open(init, library)?;
         Ok(Self { shared, progress, turn: AtomicU64::new(0), registered: Mutex::default() })
     }
 

@@ -24,10 +24,13 @@ use crate::wire::{ConnectionInfo, EndpointName, Extension};
 const INBOX_BYTES_MAX: u64 = 1 << 30;
 
 /// Opens everything that an engine needs.
-pub(super) fn open(init: InitParams) -> Result<(Arc<Shared>, Option<ProgressThreads>)> {
+pub(super) fn open(
+    init: InitParams,
+    library: Option<Libfabric>,
+) -> Result<(Arc<Shared>, Option<ProgressThreads>)> {
     let config = Config::from_params(&init.params)?;
     let path = Some(Path::new(&config.libfabric_path)).filter(|path| !path.as_os_str().is_empty());
-    let library = Libfabric::load(path)?;
+    let library = library.map_or_else(|| Libfabric::load(path), Ok)?;
     let found = discover::find(&library, &config)?;
     let use_wait_fd = init.progress_thread && config.wait != Wait::Sleep;
     let rails = open_rails(&library, &found, &config, use_wait_fd)?;
