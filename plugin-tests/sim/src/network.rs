@@ -1,0 +1,515 @@
+//! What happens on the network, and when.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+use nixl_libfabric::sys::libfabric as sys;
+
+use crate::clock;
+use crate::rng::mix;
+use crate::world::{Arrival, AvEntry, Connection, Entry, Ep, Injury, State};
+
+/// Number of an operation; never used twice.
+pub type FlightId = u64;
+
+/// Most pieces that one operation's data is cut into.
+const PIECES_MAX: u64 = 4;
+/// How long a NIC tries to reach a host that is gone, in nanoseconds.
+const UNREACHABLE_NS: (u64, u64) = (500_000, 3_000_000);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum What {
+    Write,
+    Read,
+    Send,
+}
+
+/// A write, read or send that was posted.
+#[derive(Debug)]
+pub(crate) struct Flight {
+    pub what: What,
+    pub source: usize,
+    /// Index in the address vector, and what it stands for.
+    pub address: u64,
+    pub target: Option<usize>,
+    pub context: usize,
+    pub local: (usize, usize),
+    pub mr: usize,
+    pub remote: (u64, u64),
+    pub data: Option<u32>,
+    pub delivery_complete: bool,
+    /// What a message holds, or a write whose sender was told that it may use its buffer again.
+    pub payload: Option<Vec<u8>>,
+    pub pieces_left: u32,
+    /// The sender's completion is out.
+    pub completed: bool,
+    /// Nothing of it is to come at the target.
+    pub landed: bool,
+    /// It is to fail when this many pieces are left.
+    pub fails: Option<u32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Event {
+    Piece { flight: FlightId, offset: usize, len: usize },
+    Arrive { flight: FlightId },
+    Complete { flight: FlightId },
+    Fail { flight: FlightId, error: i32, provider: i32 },
+}
+
+/// Events by time; those of one moment in the order in which they were planned.
+#[derive(Debug, Default)]
+pub(crate) struct Schedule {
+    heap: BinaryHeap<Reverse<(u64, u64, Event)>>,
+    /// Events that are due at hosts that have not polled yet, by endpoint.
+    waiting: Vec<Vec<Event>>,
+    counter: u64,
+    /// Time of the last ordered event from one endpoint to another.
+    last: std::collections::HashMap<(usize, usize), u64>,
+    flights: FlightId,
+}
+
+impl Schedule {
+    fn add(&mut self, due: u64, event: Event) {
+        self.counter += 1;
+        self.heap.push(Reverse((due, self.counter, event)));
+    }
+
+    pub(crate) fn next_due(&self) -> Option<u64> {
+        self.heap.peek().map(|Reverse((due, ..))| *due)
+    }
+
+    fn take_due(&mut self, now: u64) -> Option<Event> {
+        if self.next_due()? > now {
+            return None;
+        }
+        self.heap.pop().map(|Reverse((.., event))| event)
+    }
+
+    pub(crate) fn next_flight(&mut self) -> FlightId {
+        self.flights += 1;
+        self.flights
+    }
+}
+
+impl State {
+    fn delay(&mut self) -> u64 {
+        let slow = self.rng.chance(self.faults.slow);
+        let delay = self.rng.below(self.delay_ns) + 100;
+        if slow { delay * 100 } else { delay }
+    }
+
+    fn at(&mut self, from: u64, event: Event) {
+        let due = from + self.delay();
+        self.schedule.add(due, event);
+    }
+
+    /// Everything whose time has come.
+    pub(crate) fn run_due(&mut self) {
+        if self.faults.stalled {
+            return;
+        }
+        let now = clock::now_ns();
+        while let Some(event) = self.schedule.take_due(now) {
+            match self.waits_for_host(event) {
+                Some(ep) => {
+                    let waiting = &mut self.schedule.waiting;
+                    if waiting.len() <= ep {
+                        waiting.resize_with(ep + 1, Vec::new);
+                    }
+                    waiting[ep].push(event);
+                }
+                None => self.run(event),
+            }
+        }
+    }
+
+    /// The target's software has a look: what waited for that happens.
+    pub(crate) fn on_poll(&mut self, ep: usize) {
+        let Some(waiting) = self.schedule.waiting.get_mut(ep).map(std::mem::take) else { return };
+        for event in waiting {
+            self.run(event);
+        }
+    }
+
+    fn waits_for_host(&self, event: Event) -> Option<usize> {
+        if !self.profile.host_driven {
+            return None;
+        }
+        match event {
+            Event::Piece { flight, .. } | Event::Arrive { flight } => self.flights.get(&flight)?.target,
+            Event::Complete { .. } | Event::Fail { .. } => None,
+        }
+    }
+
+    fn run(&mut self, event: Event) {
+        match event {
+            Event::Piece { flight, offset, len } => self.piece(flight, offset, len),
+            Event::Arrive { flight } => self.arrive(flight),
+            Event::Complete { flight } => self.complete(flight, None),
+            Event::Fail { flight, error, provider } => self.complete(flight, Some((error, provider))),
+        }
+    }
+
+    /// The doorbell rings for an operation: its events are planned.
+    pub(crate) fn launch(&mut self, id: FlightId) {
+        let now = clock::now_ns();
+        let Some(flight) = self.flights.get(&id) else { return };
+        let (what, len, source, target) = (flight.what, flight.local.1, flight.source, flight.target);
+        let (confirmed, message) = (flight.delivery_complete, flight.what == What::Send);
+        let reachable = target.filter(|&t| self.is_reachable(t));
+        if reachable.is_none() {
+            self.fail_unreachable(id);
+            return;
+        }
+        let chance = if message { self.faults.send_error } else { self.faults.rma_error };
+        let fails = self.rng.chance(chance);
+        let pieces = if message { 1 } else { self.rng.within(1, PIECES_MAX.min(len.max(1) as u64)) };
+        let left_at_failure = fails.then(|| self.rng.within(1, pieces) as u32);
+        let flight = self.flights.get_mut(&id).expect("it was just there");
+        flight.pieces_left = pieces as u32;
+        flight.fails = left_at_failure;
+        let ordered = (what == What::Write && self.profile.orders_writes)
+            || (what == What::Send && self.profile.orders_sends);
+        let mut begin = 0;
+        for piece in 0..pieces {
+            let end = if piece + 1 == pieces { len } else { len * (piece as usize + 1) / pieces as usize };
+            let due = now + self.delay();
+            self.plan(due, ordered.then_some((source, target)), Event::Piece { flight: id, offset: begin, len: end - begin });
+            begin = end;
+        }
+        // A sender that asked for no more than transmission may be told before anything has landed.
+        if what == What::Write && !confirmed && !fails && self.rng.chance(700) {
+            self.at(now, Event::Complete { flight: id });
+        }
+        if message && !fails && self.rng.chance(300) {
+            self.at(now, Event::Complete { flight: id });
+        }
+    }
+
+    fn plan(&mut self, mut due: u64, pair: Option<(usize, Option<usize>)>, event: Event) {
+        if let Some((source, Some(target))) = pair {
+            let last = self.schedule.last.entry((source, target)).or_default();
+            due = due.max(*last);
+            *last = due;
+        }
+        self.schedule.add(due, event);
+    }
+
+    fn is_reachable(&self, ep: usize) -> bool {
+        !self.eps[ep].closed && !self.host_is_dead(self.eps[ep].host)
+    }
+
+    fn fail_unreachable(&mut self, id: FlightId) {
+        let wait = self.rng.within(UNREACHABLE_NS.0, UNREACHABLE_NS.1);
+        let (error, provider) = if self.profile.provider == "efa" {
+            (libc::EHOSTUNREACH, self.rng.pick(&[9, 13, 15, 4124]))
+        } else {
+            (libc::ECANCELED, libc::ECONNRESET)
+        };
+        self.schedule.add(clock::now_ns() + wait, Event::Fail { flight: id, error, provider });
+    }
+
+    /// A piece of data lands; or a message reaches its target.
+    fn piece(&mut self, id: FlightId, offset: usize, len: usize) {
+        let Some(flight) = self.flights.get(&id) else { return };
+        if flight.landed {
+            return;
+        }
+        let target = flight.target.expect("it was launched");
+        if self.host_is_dead(self.eps[flight.source].host) {
+            self.flights.get_mut(&id).expect("it is there").landed = true;
+            return;
+        }
+        if !self.is_reachable(target) {
+            self.flights.get_mut(&id).expect("it is there").landed = true;
+            if self.flights[&id].completed {
+                self.forget(id);
+            } else {
+                self.fail_unreachable(id);
+            }
+            return;
+        }
+        if flight.fails == Some(flight.pieces_left) {
+            let (error, provider) = self.random_error();
+            self.complete(id, Some((error, provider)));
+            return;
+        }
+        let flight = &self.flights[&id];
+        if flight.what != What::Send && len > 0 {
+            let moved = self.copy(flight, offset, len);
+            if !moved {
+                // EFA_IO_COMP_STATUS_REMOTE_ERROR_BAD_ADDRESS, as the efa provider reports it.
+                self.complete(id, Some((libc::EINVAL, 7)));
+                return;
+            }
+        }
+        let flight = self.flights.get_mut(&id).expect("it is there");
+        flight.pieces_left -= 1;
+        if flight.pieces_left == 0 {
+            self.all_landed(id);
+        }
+    }
+
+    fn random_error(&mut self) -> (i32, i32) {
+        // Local, remote and transport errors that do not say that the peer is gone.
+        self.rng.pick(&[(libc::EIO, 1), (libc::EIO, 5), (libc::EIO, 10), (libc::ENOMEM, 4), (sys::FI_EOTHER, 12)])
+    }
+
+    fn all_landed(&mut self, id: FlightId) {
+        let now = clock::now_ns();
+        let flight = &self.flights[&id];
+        let (what, has_data) = (flight.what, flight.data.is_some());
+        let order = Some((flight.source, flight.target)).filter(|_| self.profile.orders_sends);
+        if what == What::Send || has_data {
+            let due = now + if order.is_some() { 0 } else { self.delay() };
+            self.plan(due, order, Event::Arrive { flight: id });
+        } else {
+            self.flights.get_mut(&id).expect("it is there").landed = true;
+        }
+        if self.flights[&id].completed {
+            if self.flights[&id].landed {
+                self.forget(id);
+            }
+        } else {
+            self.at(now, Event::Complete { flight: id });
+        }
+    }
+
+    /// Moves bytes between the two sides; false if the remote side has no such memory.
+    fn copy(&self, flight: &Flight, offset: usize, len: usize) -> bool {
+        let target = flight.target.expect("it was launched");
+        let Some(remote) = self.remote_address(target, flight, offset, len) else { return false };
+        let local = match &flight.payload {
+            Some(bytes) => bytes.as_ptr() as usize + offset,
+            None => flight.local.0 + offset,
+        };
+        let (from, to) = if flight.what == What::Read { (remote, local) } else { (local, remote) };
+        // SAFETY: the remote range lies in an open registration, and whoever registered it answers for it; the local
+        // one lies in a registration that is open, because closing it under an operation is a breach that ends the
+        // run before its memory is freed, or in the payload. Nothing else runs in this process meanwhile that holds a
+        // reference to either.
+        unsafe { std::ptr::copy(from as *const u8, to as *mut u8, len) };
+        true
+    }
+
+    fn remote_address(&self, target: usize, flight: &Flight, offset: usize, len: usize) -> Option<usize> {
+        let (addr, key) = flight.remote;
+        let domain = self.eps[target].domain;
+        let mr = &self.mrs[*self.keys.get(&(domain, key))?];
+        if self.profile.mr_endpoint && !(mr.enabled && mr.bound == Some(target)) {
+            return None;
+        }
+        let base = if self.profile.virt_addr { 0 } else { mr.addr };
+        let start = base.checked_add(usize::try_from(addr).ok()?)?.checked_add(offset)?;
+        (start >= mr.addr && start + len <= mr.addr + mr.len).then_some(start)
+    }
+
+    /// A message meets a receive, or a write's immediate data meets the completion queue.
+    fn arrive(&mut self, id: FlightId) {
+        let Some(flight) = self.flights.get_mut(&id) else { return };
+        flight.landed = true;
+        let target = flight.target.expect("it was launched");
+        let arrival = Arrival {
+            payload: if flight.what == What::Send { flight.payload.clone() } else { None },
+            data: flight.data,
+            len: flight.local.1,
+        };
+        let completed = flight.completed;
+        if self.is_reachable(target) {
+            self.eps[target].unmatched.push_back(arrival);
+            self.match_arrivals(target);
+        }
+        if completed {
+            self.forget(id);
+        }
+    }
+
+    /// Gives arrivals to receives for as long as there are both, and immediates to the queue.
+    pub(crate) fn match_arrivals(&mut self, target: usize) {
+        let uses_receive = self.profile.rx_cq_data;
+        loop {
+            let ep = &mut self.eps[target];
+            let Some(cq) = ep.cq else { return };
+            let cq = &mut self.cqs[cq];
+            // Resource management: what the queue cannot hold waits outside.
+            if cq.entries.len() >= cq.size {
+                return;
+            }
+            let free = |a: &Arrival| a.payload.is_none() && !uses_receive;
+            let at = if ep.recvs.is_empty() { ep.unmatched.iter().position(free) } else { Some(0) };
+            let Some(arrival) = at.and_then(|at| ep.unmatched.remove(at)) else { return };
+            let with_data = if arrival.data.is_some() { sys::FI_REMOTE_CQ_DATA } else { 0 };
+            let data = u64::from(arrival.data.unwrap_or(0));
+            if free(&arrival) {
+                let flags = sys::FI_REMOTE_WRITE | sys::FI_RMA | with_data;
+                cq.entries.push_back(Entry { context: 0, flags, len: arrival.len, data, error: None });
+                continue;
+            }
+            let recv = ep.recvs.pop_front().expect("it was looked at");
+            let (flags, len) = match &arrival.payload {
+                Some(bytes) => {
+                    let len = bytes.len().min(recv.len);
+                    // SAFETY: the receive's buffer lies in a registration that stays open for as long as it is posted.
+                    unsafe { std::ptr::copy(bytes.as_ptr(), recv.addr as *mut u8, len) };
+                    (sys::FI_RECV | sys::FI_MSG, len)
+                }
+                None => (sys::FI_REMOTE_WRITE | sys::FI_RMA, arrival.len),
+            };
+            let too_long = arrival.payload.as_ref().is_some_and(|bytes| bytes.len() > recv.len);
+            cq.entries.push_back(Entry { context: recv.context, flags: flags | with_data, len, data, error: None });
+            if too_long {
+                self.breach("a message is longer than its receive");
+            }
+            self.over(target, recv.context, recv.mr);
+        }
+    }
+
+    /// The sender is told.
+    fn complete(&mut self, id: FlightId, error: Option<(i32, i32)>) {
+        let Some(flight) = self.flights.get_mut(&id) else { return };
+        if flight.completed {
+            return;
+        }
+        flight.completed = true;
+        if error.is_some() {
+            flight.landed = true;
+        }
+        let (source, context, mr, address, local) =
+            (flight.source, flight.context, flight.mr, flight.address, flight.local);
+        let flags = match flight.what {
+            What::Write => sys::FI_WRITE | sys::FI_RMA,
+            What::Read => sys::FI_READ | sys::FI_RMA,
+            What::Send => sys::FI_SEND | sys::FI_MSG,
+        };
+        let (message, target) = (flight.what == What::Send, flight.target);
+        if flight.what == What::Send {
+            // SAFETY: the buffer lies in a registration that is held by the operation until now.
+            let now = unsafe { std::slice::from_raw_parts(local.0 as *const u8, local.1) };
+            if flight.payload.as_deref() != Some(now) {
+                self.breach(format!("the buffer of a message was changed in flight (context {context:#x})"));
+            }
+        } else if !flight.landed && flight.what == What::Write {
+            // SAFETY: as above. The owner may change the bytes from now on.
+            flight.payload = Some(unsafe { std::slice::from_raw_parts(local.0 as *const u8, local.1) }.to_vec());
+        }
+        if self.flights[&id].landed {
+            self.forget(id);
+        }
+        if error.is_some() {
+            let target_host = target.map(|t| self.eps[t].host);
+            let source_host = self.eps[source].host;
+            self.injuries.push(Injury { source_host, target_host, local, message });
+        }
+        // Providers leave the flags of some error entries empty.
+        let flags = if error.is_some() && self.rng.chance(500) { 0 } else { flags };
+        self.over(source, context, mr);
+        let ep = &mut self.eps[source];
+        ep.outstanding -= 1;
+        if let Some(av) = ep.av {
+            if let Some(entry) = self.avs[av].1.get_mut(address as usize).and_then(Option::as_mut) {
+                entry.in_flight -= 1;
+            }
+        }
+        if let Some(cq) = self.eps[source].cq {
+            self.cqs[cq].entries.push_back(Entry { context, flags, len: 0, data: 0, error });
+        }
+    }
+
+    /// A context and a registration are free of an operation.
+    fn over(&mut self, ep: usize, context: usize, mr: usize) {
+        if !scribbled(context, ep) {
+            self.breach(format!("context {context:#x} was written to, or freed, in flight"));
+        }
+        self.eps[ep].contexts.remove(&context);
+        self.mrs[mr].in_flight -= 1;
+    }
+
+    fn forget(&mut self, id: FlightId) {
+        self.flights.remove(&id);
+    }
+
+    /// The endpoint is closed: nothing of it is in flight any more.
+    pub(crate) fn on_endpoint_closed(&mut self, ep: usize) {
+        let gone: Vec<FlightId> =
+            self.flights.iter().filter(|(_, f)| f.source == ep).map(|(id, _)| *id).collect();
+        for id in gone {
+            let flight = self.flights.remove(&id).expect("it was just there");
+            if !flight.completed {
+                self.mrs[flight.mr].in_flight -= 1;
+            }
+        }
+        let receives = std::mem::take(&mut self.eps[ep].recvs);
+        for recv in receives {
+            self.mrs[recv.mr].in_flight -= 1;
+        }
+        let ep = &mut self.eps[ep];
+        ep.contexts.clear();
+        ep.outstanding = 0;
+        ep.unmatched.clear();
+        ep.connections.clear();
+    }
+
+    /// A host died: connections to it break.
+    pub(crate) fn on_death(&mut self, host: usize) {
+        let dead: Vec<usize> = (0..self.eps.len()).filter(|&ep| self.eps[ep].host == host).collect();
+        for ep in &mut self.eps {
+            ep.connections.retain(|target, _| !dead.contains(target));
+        }
+        // What was under way to it fails; in a provider with connections at once, else when the NIC gives up.
+        let lost: Vec<FlightId> = self
+            .flights
+            .iter()
+            .filter(|(_, f)| f.target.is_some_and(|t| dead.contains(&t)) && !f.completed && !f.landed)
+            .map(|(id, _)| *id)
+            .collect();
+        for id in lost {
+            self.flights.get_mut(&id).expect("it was just there").landed = true;
+            self.fail_unreachable(id);
+        }
+    }
+
+    /// Whether a post to this endpoint goes through now, where there are connections.
+    pub(crate) fn connected(&mut self, ep: usize, target: Option<usize>) -> bool {
+        let Some(target) = target.filter(|&t| self.is_reachable(t)) else { return false };
+        let now = clock::now_ns();
+        let wait = self.delay() * 2;
+        match self.eps[ep].connections.get(&target) {
+            Some(Connection::Up) => true,
+            Some(Connection::Connecting(until)) if *until > now => false,
+            Some(Connection::Connecting(_)) => {
+                self.eps[ep].connections.insert(target, Connection::Up);
+                true
+            }
+            None => {
+                self.eps[ep].connections.insert(target, Connection::Connecting(now + wait));
+                false
+            }
+        }
+    }
+
+    pub(crate) fn address(&self, ep: &Ep, address: u64) -> Option<&AvEntry> {
+        self.avs[ep.av?].1.get(address as usize)?.as_ref()
+    }
+}
+
+/// What the provider writes into a context while it is in flight: it owns it.
+fn pattern(context: usize, ep: usize, word: u64) -> u64 {
+    // Not the address itself: it differs from run to run.
+    mix(ep as u64 ^ word << 32 ^ (context as u64 & 0xfff))
+}
+
+/// Takes possession of a context.
+pub(crate) fn scribble(context: usize, ep: usize) {
+    for word in 0..8 {
+        // SAFETY: FI_CONTEXT2: the user lends 64 bytes for as long as the operation is in flight.
+        unsafe { (context as *mut u64).add(word).write_unaligned(pattern(context, ep, word as u64)) };
+    }
+}
+
+fn scribbled(context: usize, ep: usize) -> bool {
+    (0..8).all(|word| {
+        // SAFETY: as in `scribble`.
+        unsafe { (context as *const u64).add(word).read_unaligned() == pattern(context, ep, word as u64) }
+    })
+}
