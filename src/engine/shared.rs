@@ -127,7 +127,8 @@ impl Shared {
         for peer in self.peers.all() {
             self.peers.remove(peer.name());
         }
-        for rail in &self.local.rails {
+        // The control rail last: transfers that end on the others leave messages there.
+        for rail in self.local.rails.iter().rev() {
             rail.close();
             log::debug!("rail {} ({}): {}", rail.id(), rail.device().domain_name(), rail.counters());
         }
