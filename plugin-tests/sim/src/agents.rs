@@ -212,6 +212,8 @@ struct Play {
     notes: Vec<Note>,
     /// Pairs (from, to) between which messages were lost, or one of which left: promises are off.
     disturbed: Vec<Vec<bool>>,
+    /// The first removed the second and did not load it again: it wants to hear nothing of it.
+    removed: Vec<Vec<bool>>,
     injuries_seen: usize,
     trace: Vec<String>,
     broken: Vec<String>,
@@ -236,6 +238,7 @@ impl Play {
             xfers: Vec::new(),
             notes: Vec::new(),
             disturbed: vec![vec![false; count]; count],
+            removed: vec![vec![false; count]; count],
             injuries_seen: 0,
             trace: Vec::new(),
             broken: Vec::new(),
@@ -375,6 +378,7 @@ impl Play {
         agent.engine = Some(engine);
         agent.remote.clear();
         agent.paused_until = 0;
+        self.removed[index].fill(false);
         self.note(format!("agent {index} opens on host {host}"));
     }
 
@@ -403,6 +407,7 @@ impl Play {
         self.note(format!("{i} loads {j}: {}", outcome(&loaded.as_ref().map(|_| ()))));
         match loaded {
             Ok(metadata) => {
+                self.removed[i][j] = false;
                 self.agents[i].remote.insert(j, (run, metadata));
             }
             Err(e) => self.breach(format!("{i} cannot load {j}: {e}")),
@@ -823,6 +828,7 @@ impl Play {
         }
         let name = self.agents[j].name.clone();
         self.disturb(i, j);
+        self.removed[i][j] = true;
         let answer = self.engine(i).expect("awake").disconnect(&name);
         self.note(format!("{i} removes {j}: {}", outcome(&answer)));
         if let Err(e) = answer {
@@ -947,7 +953,7 @@ impl Play {
     fn check_recovery(&mut self) {
         for i in 0..self.agents.len() {
             for j in 0..self.agents.len() {
-                if i == j || self.engine(i).is_none() || self.engine(j).is_none() {
+                if i == j || self.engine(i).is_none() || self.engine(j).is_none() || self.removed[j][i] {
                     continue;
                 }
                 if self.agents[i].remote.get(&j).is_none_or(|(run, _)| *run != self.agents[j].run) {
@@ -975,16 +981,24 @@ impl Play {
                 self.round();
             }
         }
-        self.breach(format!("no notification of {i} reaches {j} any more, though both live; accepted: {said}"));
+        let receives = self.world.state().receives_posted(self.agents[j].host);
+        self.breach(format!(
+            "no notification of {i} reaches {j} any more, though both live; accepted: {said}, receives posted there: {receives:?}"
+        ));
         false
     }
 
     /// Nothing is in flight any more, and everything is as it was in the beginning.
     fn check_capacity(&mut self) {
-        self.run_until(1_000, |play| {
-            play.agents.iter().all(|a| a.engine.is_none() || play.world.state().operations_in_flight(a.host) == 0)
-        });
         let receives: usize = self.plan.options["control_recv_buffers"].parse().expect("a number");
+        self.run_until(1_000, |play| {
+            let state = play.world.state();
+            let open = |a: &&Agent| a.engine.is_some();
+            let idle = |a: &Agent| {
+                state.operations_in_flight(a.host) == 0 && state.receives_posted(a.host)[0] == receives
+            };
+            play.agents.iter().filter(open).all(idle)
+        });
         for i in 0..self.agents.len() {
             if self.engine(i).is_none() {
                 continue;

@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use nixl_libfabric::sys::libfabric as sys;
+use nixl_libfabric::wire::{Body, ControlMessage, Handshake, Immediate};
 
 use crate::clock;
 use crate::rng::mix;
@@ -155,6 +156,7 @@ impl State {
     pub(crate) fn launch(&mut self, id: FlightId) {
         let now = clock::now_ns();
         let Some(flight) = self.flights.get(&id) else { return };
+        self.log_message("sent", flight);
         let (what, len, source, target) = (flight.what, flight.local.1, flight.source, flight.target);
         let (confirmed, message) = (flight.delivery_complete, flight.what == What::Send);
         let reachable = target.filter(|&t| self.is_reachable(t));
@@ -305,6 +307,33 @@ impl State {
         (start >= mr.addr && start + len <= mr.addr + mr.len).then_some(start)
     }
 
+    /// What a message says, for the log.
+    fn log_message(&self, event: &str, flight: &Flight) {
+        if !log::log_enabled!(log::Level::Debug) {
+            return;
+        }
+        let Some(bytes) = &flight.payload else { return };
+        let host = |ep: usize| self.eps[ep].host;
+        let imm = Immediate::decode(u64::from(flight.data.unwrap_or(0)));
+        let text = match imm {
+            Ok(Immediate::StockHandshake { .. }) => {
+                Handshake::decode(bytes).map_or_else(|e| e.to_string(), |h| format!("hello index {} {:?}", h.index, h.extension))
+            }
+            Ok(Immediate::Control { peer }) => ControlMessage::decode(bytes).map_or_else(
+                |e| e.to_string(),
+                |m| match m.body {
+                    Body::Fragment(f) => format!(
+                        "as {peer} session {} fragment of message {} transfer {} at {} of {}",
+                        m.session, f.message_id, f.transfer_id, f.offset, f.total_len
+                    ),
+                    body => format!("as {peer} session {} {body:?}", m.session),
+                },
+            ),
+            other => format!("{other:?}, {} bytes", bytes.len()),
+        };
+        log::debug!("host {} to {:?}: {event}: {text}", host(flight.source), flight.target.map(host));
+    }
+
     /// A message meets a receive, or a write's immediate data meets the completion queue.
     fn arrive(&mut self, id: FlightId) {
         let Some(flight) = self.flights.get_mut(&id) else { return };
@@ -316,6 +345,7 @@ impl State {
             len: flight.local.1,
         };
         let completed = flight.completed;
+        self.log_message("arrives", &self.flights[&id]);
         if self.is_reachable(target) {
             self.eps[target].unmatched.push_back(arrival);
             self.match_arrivals(target);
@@ -374,7 +404,9 @@ impl State {
         flight.completed = true;
         if error.is_some() {
             flight.landed = true;
+            self.log_message("fails", &self.flights[&id]);
         }
+        let flight = &self.flights[&id];
         let (source, context, mr, address, local) =
             (flight.source, flight.context, flight.mr, flight.address, flight.local);
         let flags = match flight.what {
@@ -391,7 +423,8 @@ impl State {
             }
         } else if !flight.landed && flight.what == What::Write {
             // SAFETY: as above. The owner may change the bytes from now on.
-            flight.payload = Some(unsafe { std::slice::from_raw_parts(local.0 as *const u8, local.1) }.to_vec());
+            let bytes = unsafe { std::slice::from_raw_parts(local.0 as *const u8, local.1) }.to_vec();
+            self.flights.get_mut(&id).expect("it is there").payload = Some(bytes);
         }
         if self.flights[&id].landed {
             self.forget(id);
