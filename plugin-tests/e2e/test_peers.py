@@ -202,7 +202,7 @@ def test_new_lives_of_one_name(bed, host, progress):
         triangle.b.create(progress_thread=progress, **options(host))
         triangle.to_b = triangle.b.buffer(8 * MIB)
         triangle.a.knows(triangle.b), triangle.b.knows(triangle.a)
-        triangle.source.fill(50 + turn)
+        triangle.for_b.fill(50 + turn)
         triangle.a.transfer("WRITE", [triangle.for_b[:]], [triangle.to_b[:]], triangle.b, b"again")
         triangle.b.receives(b"again", sender=triangle.a)
         triangle.to_b.check(50 + turn)

@@ -108,8 +108,10 @@ fn open_rails(
 ) -> Result<Vec<Arc<Rail>>> {
     let mut rails: Vec<Arc<Rail>> = Vec::new();
     let mut failures: Vec<Error> = Vec::new();
-    let per_device = config.rails_per_device as usize;
-    for device in found.devices.iter().flat_map(|device| std::iter::repeat_n(device, per_device)) {
+    let counts =
+        rails_on_each(found.devices.len(), config.rails_per_device as usize, config.max_rails as usize);
+    let each = found.devices.iter().zip(counts);
+    for device in each.flat_map(|(device, count)| std::iter::repeat_n(device, count)) {
         let id = RailId(rails.len() as u16);
         match open_rail(library, device, id, config, want_wait_fd) {
             Ok(rail) => rails.push(Arc::new(rail)),
@@ -124,6 +126,15 @@ fn open_rails(
         (true, None) => Err(Error::not_found("there is no device to open a rail on")),
         _ => Ok(rails),
     }
+}
+
+/// Rails on each device, the same but for one. `rails_max` 0 is no limit.
+fn rails_on_each(devices: usize, per_device: usize, rails_max: usize) -> Vec<usize> {
+    let total = match rails_max {
+        0 => devices * per_device,
+        limit => limit.min(devices * per_device),
+    };
+    (0..devices).map(|i| total / devices + usize::from(i < total % devices)).collect()
 }
 
 fn open_rail(
@@ -175,4 +186,17 @@ fn message_bytes_max(devices: &[Device]) -> u64 {
 /// Microseconds since 1970: grows over restarts, and two runs of an agent never have the same.
 fn incarnation() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.as_micros() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::rails_on_each;
+
+    #[test]
+    fn rails_are_shared_out_evenly() {
+        assert_eq!(rails_on_each(4, 1, 0), [1, 1, 1, 1]);
+        assert_eq!(rails_on_each(2, 5, 3), [2, 1]);
+        assert_eq!(rails_on_each(2, 5, 1), [1, 0]);
+        assert_eq!(rails_on_each(1, 3, 9), [3]);
+    }
 }

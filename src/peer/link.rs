@@ -2,8 +2,10 @@
 //!
 //! Each side numbers its connection to the other with a session, a number that only grows; what it counts for
 //! the other (transfers, messages) starts anew with each. A hello that the other side has not seen is always answered, also on a
-//! link that works: the other may have removed and added us again. A stock peer has no sessions; it wants an
-//! answer when its hello carries connection info.
+//! link that works: the other may have removed and added us again. Nothing is sent under a session before the other
+//! side has named it: what came earlier than the hello that announces it could only be dropped, or be counted for the
+//! session before, and on EFA it does come earlier. A stock peer has no sessions; it wants an answer when its hello
+//! carries connection info.
 
 use crate::wire::{Handshake, HandshakeExtension};
 
@@ -21,6 +23,8 @@ pub struct Theirs {
 pub struct Link {
     session: u64,
     theirs: Option<Theirs>,
+    /// The peer has named our session: it knows it.
+    confirmed: bool,
 }
 
 /// What a hello asks for.
@@ -37,7 +41,7 @@ pub struct Reaction {
 impl Link {
     /// A link that has heard nothing. `session` is not 0 and was never used with this peer.
     pub fn new(session: u64) -> Self {
-        Self { session, theirs: None }
+        Self { session, theirs: None, confirmed: false }
     }
 
     /// Our session.
@@ -50,10 +54,15 @@ impl Link {
         self.theirs
     }
 
+    /// What the peer told us, once it knows our session, too: now it can be sent to.
+    pub fn ready(&self) -> Option<Theirs> {
+        self.theirs.filter(|_| self.confirmed)
+    }
+
     /// What to say about sessions in a handshake of ours.
     pub fn extension(&self) -> HandshakeExtension {
         let peer_session = self.theirs.map_or(0, |t| t.session);
-        HandshakeExtension { session: self.session, peer_session, answer_wanted: self.theirs.is_none() }
+        HandshakeExtension { session: self.session, peer_session, answer_wanted: !self.confirmed }
     }
 
     /// Takes in the peer's handshake.
@@ -61,25 +70,29 @@ impl Link {
         let Some(extension) = hello.extension else {
             let receive_anew = self.theirs.is_some_and(|t| t.index != hello.index);
             self.theirs = Some(Theirs { session: 0, index: hello.index });
+            self.confirmed = true;
             return Reaction { answer: hello.conn.is_some(), receive_anew, send_anew: false };
         };
         // Sessions of one agent only grow, so an older one is a hello that was overtaken.
-        let known = self.theirs.is_some_and(|t| extension.session <= t.session);
+        let known = self.theirs.map_or(0, |t| t.session);
         let stale = extension.peer_session != 0 && extension.peer_session != self.session;
-        if known || stale {
+        if extension.session < known || stale {
             return Reaction { answer: extension.answer_wanted, ..Reaction::default() };
         }
-        let was_ready = self.theirs.is_some();
-        let send_anew = was_ready && extension.peer_session == 0;
+        let names_ours = extension.peer_session == self.session;
+        if extension.session == known {
+            self.confirmed |= names_ours;
+            return Reaction { answer: extension.answer_wanted, ..Reaction::default() };
+        }
+        // What was sent under a session is counted there. The peer starts counting anew, so our numbers do, too.
+        let send_anew = self.confirmed;
         if send_anew {
             self.session = fresh_session();
         }
+        let receive_anew = self.theirs.is_some();
         self.theirs = Some(Theirs { session: extension.session, index: hello.index });
-        Reaction {
-            answer: extension.answer_wanted || extension.peer_session == 0,
-            receive_anew: was_ready,
-            send_anew,
-        }
+        self.confirmed = names_ours && !send_anew;
+        Reaction { answer: extension.answer_wanted || !self.confirmed, receive_anew, send_anew }
     }
 }
 
@@ -165,7 +178,7 @@ mod tests {
                 prop_assert!(rounds < 1000, "the handshake does not come to rest");
             }
             for who in 0..2 {
-                let theirs = pair.links[who].theirs().expect("every hello was delivered");
+                let theirs = pair.links[who].ready().expect("every hello was delivered");
                 prop_assert_eq!(theirs.session, pair.links[1 - who].session());
                 prop_assert_eq!(theirs.index, pair.indices[1 - who]);
             }

@@ -255,7 +255,7 @@ impl Peer {
     /// may come back to the peer.
     fn flush_locked(self: &Arc<Self>, state: &mut State) -> Vec<Arc<Transfer>> {
         let mut ended = Vec::new();
-        let Some(theirs) = state.link.theirs() else { return ended };
+        let Some(theirs) = state.link.ready() else { return ended };
         while let Some(next) = state.waiting.pop_front() {
             let outcome = match next {
                 Waiting::Notification(message) => self.send_message(state, message, None, theirs.index),
@@ -443,7 +443,7 @@ impl Peer {
             log::warn!("{} cannot be reached: {error}", self.name);
             state.suspect = Some(error.clone().context(format_args!("peer {}", self.name)));
         }
-        if state.link.theirs().is_none() {
+        if state.link.ready().is_none() {
             let error = error.clone().context(format_args!("peer {} cannot be reached", self.name));
             let ended = fail_waiting(&mut state, &error);
             drop(state);
@@ -470,7 +470,7 @@ impl Peer {
         }
         let said = state.hello_at.is_some_and(|at| now.duration_since(at) > HELLO_AGAIN);
         if said
-            && state.link.theirs().is_none()
+            && state.link.ready().is_none()
             && self.pending_messages.load(Ordering::Relaxed) == 0
             && let Err(e) = self.say_hello(&mut state)
         {

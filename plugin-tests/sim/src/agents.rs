@@ -120,7 +120,11 @@ impl std::fmt::Display for Failure {
         for line in &self.broken {
             writeln!(f, "BROKEN: {line}")?;
         }
-        write!(f, "seed {}; replay: SIM_SEED={} cargo test -p nixl-libfabric-sim --test schedules -- --nocapture", self.seed, self.seed)
+        write!(
+            f,
+            "seed {}; replay: SIM_SEED={} cargo test -p nixl-libfabric-sim --test schedules -- --nocapture",
+            self.seed, self.seed
+        )
     }
 }
 
@@ -228,7 +232,8 @@ impl Play {
         let world = World::new(plan.seed ^ 0xfab, plan.profile, plan.rails);
         {
             let mut state = world.state();
-            (state.delay_ns, state.tx_size, state.poll_batch) = (plan.delay_ns, plan.tx_size, plan.poll_batch);
+            (state.delay_ns, state.tx_size, state.poll_batch) =
+                (plan.delay_ns, plan.tx_size, plan.poll_batch);
         }
         let count = plan.agents;
         let mut play = Self {
@@ -466,7 +471,8 @@ impl Play {
         let count = if large { 1 } else { self.rng.within(1, 8) as usize };
         let mut pieces = Vec::new();
         for _ in 0..count {
-            let len = if large { self.rng.within(131_072, 360_000) } else { self.rng.within(1, SLOT as u64) } as usize;
+            let len = if large { self.rng.within(131_072, 360_000) } else { self.rng.within(1, SLOT as u64) }
+                as usize;
             let slots = len.div_ceil(SLOT);
             let at = (self.rng.index(SLOTS), self.rng.index(SLOTS));
             let Some(near) = self.agents[i].arena.take(slots, at.0) else { break };
@@ -481,7 +487,11 @@ impl Play {
         }
         let op = self.rng.pick(&[Op::Write, Op::Write, Op::Read]);
         let local = self.agents[i].local.clone().expect("registered");
-        let desc = |base: usize, offset: usize, len: usize| Desc { addr: (base + offset) as u64, len: len as u64, dev_id: 0 };
+        let desc = |base: usize, offset: usize, len: usize| Desc {
+            addr: (base + offset) as u64,
+            len: len as u64,
+            dev_id: 0,
+        };
         let bases = (self.agents[i].arena.addr(), self.agents[j].arena.addr());
         let near: Vec<_> =
             pieces.iter().map(|p| XferDesc { desc: desc(bases.0, p.0, p.2), metadata: &local }).collect();
@@ -619,7 +629,9 @@ impl Play {
         };
         self.note(format!("transfer {index} failed: {error}"));
         if !hurt && !self.disturbed[from][to] {
-            self.breach(format!("transfer {index} of {from} with {to} failed, and nothing had hurt it: {error}"));
+            self.breach(format!(
+                "transfer {index} of {from} with {to} failed, and nothing had hurt it: {error}"
+            ));
         }
     }
 
@@ -695,7 +707,9 @@ impl Play {
 
     fn in_flight(&self) -> Vec<usize> {
         let posted = |x: &Xfer| x.stage == Stage::Posted && x.request.is_some();
-        (0..self.xfers.len()).filter(|&at| posted(&self.xfers[at]) && self.is_awake(self.xfers[at].from)).collect()
+        (0..self.xfers.len())
+            .filter(|&at| posted(&self.xfers[at]) && self.is_awake(self.xfers[at].from))
+            .collect()
     }
 
     fn check_one(&mut self) {
@@ -942,8 +956,10 @@ impl Play {
             self.breach(what);
         }
         let owed: Vec<_> = self.notes.iter().enumerate().filter(|(_, note)| self.is_owed(note)).collect();
-        let owed: Vec<_> =
-            owed.iter().map(|(at, n)| format!("note {} of {} to {} never came", at + 1, n.from, n.to)).collect();
+        let owed: Vec<_> = owed
+            .iter()
+            .map(|(at, n)| format!("note {} of {} to {} never came", at + 1, n.from, n.to))
+            .collect();
         for what in owed {
             self.breach(what);
         }

@@ -177,7 +177,11 @@ impl State {
         for piece in 0..pieces {
             let end = if piece + 1 == pieces { len } else { len * (piece as usize + 1) / pieces as usize };
             let due = now + self.delay();
-            self.plan(due, ordered.then_some((source, target)), Event::Piece { flight: id, offset: begin, len: end - begin });
+            self.plan(
+                due,
+                ordered.then_some((source, target)),
+                Event::Piece { flight: id, offset: begin, len: end - begin },
+            );
             begin = end;
         }
         // A sender that asked for no more than transmission may be told before anything has landed.
@@ -255,7 +259,13 @@ impl State {
 
     fn random_error(&mut self) -> (i32, i32) {
         // Local, remote and transport errors that do not say that the peer is gone.
-        self.rng.pick(&[(libc::EIO, 1), (libc::EIO, 5), (libc::EIO, 10), (libc::ENOMEM, 4), (sys::FI_EOTHER, 12)])
+        self.rng.pick(&[
+            (libc::EIO, 1),
+            (libc::EIO, 5),
+            (libc::EIO, 10),
+            (libc::ENOMEM, 4),
+            (sys::FI_EOTHER, 12),
+        ])
     }
 
     fn all_landed(&mut self, id: FlightId) {
@@ -316,9 +326,8 @@ impl State {
         let host = |ep: usize| self.eps[ep].host;
         let imm = Immediate::decode(u64::from(flight.data.unwrap_or(0)));
         let text = match imm {
-            Ok(Immediate::StockHandshake { .. }) => {
-                Handshake::decode(bytes).map_or_else(|e| e.to_string(), |h| format!("hello index {} {:?}", h.index, h.extension))
-            }
+            Ok(Immediate::StockHandshake { .. }) => Handshake::decode(bytes)
+                .map_or_else(|e| e.to_string(), |h| format!("hello index {} {:?}", h.index, h.extension)),
             Ok(Immediate::Control { peer }) => ControlMessage::decode(bytes).map_or_else(
                 |e| e.to_string(),
                 |m| match m.body {
@@ -387,7 +396,13 @@ impl State {
                 None => (sys::FI_REMOTE_WRITE | sys::FI_RMA, arrival.len),
             };
             let too_long = arrival.payload.as_ref().is_some_and(|bytes| bytes.len() > recv.len);
-            cq.entries.push_back(Entry { context: recv.context, flags: flags | with_data, len, data, error: None });
+            cq.entries.push_back(Entry {
+                context: recv.context,
+                flags: flags | with_data,
+                len,
+                data,
+                error: None,
+            });
             if too_long {
                 self.breach("a message is longer than its receive");
             }

@@ -91,8 +91,7 @@ fn new_object<F>(fid: F, world: &World, state: &mut State, index: usize, kind: K
         // SAFETY: the object came from `Box::into_raw` below.
         drop(unsafe { Box::from_raw(object.cast::<Object<F>>()) });
     }
-    let object =
-        Object { fid, world, index, kind, occupancy: OnceLock::new(), open: AtomicBool::new(true) };
+    let object = Object { fid, world, index, kind, occupancy: OnceLock::new(), open: AtomicBool::new(true) };
     let object = Box::into_raw(Box::new(object));
     state.graveyard.0.push((object.cast(), free::<F>));
     state.opened(kind);
@@ -122,9 +121,7 @@ unsafe impl<T> Sync for Table<T> {}
 
 const NONE: *const c_void = ptr::null();
 
-const fn fid_ops(
-    close: unsafe extern "C" fn(*mut sys::fid) -> c_int,
-) -> Table<sys::fi_ops> {
+const fn fid_ops(close: unsafe extern "C" fn(*mut sys::fid) -> c_int) -> Table<sys::fi_ops> {
     Table(sys::fi_ops {
         size: size_of::<sys::fi_ops>(),
         close: Some(close),
@@ -160,8 +157,12 @@ static DOMAIN: Table<sys::fi_ops_domain> = Table(sys::fi_ops_domain {
     query_collective: NONE,
     endpoint2: NONE,
 });
-static MR: Table<sys::fi_ops_mr> =
-    Table(sys::fi_ops_mr { size: size_of::<sys::fi_ops_mr>(), reg: NONE, regv: NONE, regattr: Some(register) });
+static MR: Table<sys::fi_ops_mr> = Table(sys::fi_ops_mr {
+    size: size_of::<sys::fi_ops_mr>(),
+    reg: NONE,
+    regv: NONE,
+    regattr: Some(register),
+});
 static AV: Table<sys::fi_ops_av> = Table(sys::fi_ops_av {
     size: size_of::<sys::fi_ops_av>(),
     insert: Some(av_insert),
@@ -276,9 +277,16 @@ unsafe extern "C" fn getinfo(
     // SAFETY: the hints are complete, and live through the call.
     let (mode, provider, fabric, wants_confirmation) = unsafe {
         let fabric = &*(*hints).fabric_attr;
-        let name = |text: *const c_char| (!text.is_null()).then(|| CStr::from_ptr(text).to_string_lossy().into_owned());
+        let name = |text: *const c_char| {
+            (!text.is_null()).then(|| CStr::from_ptr(text).to_string_lossy().into_owned())
+        };
         let tx = &*(*hints).tx_attr;
-        ((*hints).mode, name(fabric.prov_name), name(fabric.name), tx.op_flags & sys::FI_DELIVERY_COMPLETE != 0)
+        (
+            (*hints).mode,
+            name(fabric.prov_name),
+            name(fabric.name),
+            tx.op_flags & sys::FI_DELIVERY_COMPLETE != 0,
+        )
     };
     let profile = state.profile;
     let fits = provider.is_none_or(|p| p == profile.provider)
@@ -309,8 +317,7 @@ fn new_entry(
 ) -> Box<Entry> {
     let profile = state.profile;
     let name = |text: String| CString::new(text).expect("no NUL");
-    let names =
-        [name(profile.provider.into()), name(profile.fabric.into()), name(format!("nic{rail}"))];
+    let names = [name(profile.provider.into()), name(profile.fabric.into()), name(format!("nic{rail}"))];
     // SAFETY: integers and raw pointers, for which zero is a value.
     let mut entry: Box<Entry> = unsafe {
         Box::new(Entry {
@@ -583,7 +590,10 @@ unsafe extern "C" fn bind(one: *mut sys::fid, other: *mut sys::fid, _: u64) -> c
     if kind == Kind::Mr as usize && to == Kind::Ep as usize {
         // SAFETY: as above.
         let (mr, ep) = unsafe {
-            (object(one.cast::<sys::fid_mr>(), "fi_mr_bind"), object(other.cast::<sys::fid_ep>(), "fi_mr_bind"))
+            (
+                object(one.cast::<sys::fid_mr>(), "fi_mr_bind"),
+                object(other.cast::<sys::fid_ep>(), "fi_mr_bind"),
+            )
         };
         let mut state = mr.world().state();
         if state.setup_fails() {
@@ -657,8 +667,12 @@ unsafe extern "C" fn close(one: *mut sys::fid) -> c_int {
     // SAFETY: an object of ours; all kinds have the same members behind their own part, whose class tells which.
     unsafe {
         match (*one).fclass {
-            k if k == Kind::Fabric as usize => close_object(one.cast::<sys::fid_fabric>(), State::close_fabric),
-            k if k == Kind::Domain as usize => close_object(one.cast::<sys::fid_domain>(), State::close_domain),
+            k if k == Kind::Fabric as usize => {
+                close_object(one.cast::<sys::fid_fabric>(), State::close_fabric)
+            }
+            k if k == Kind::Domain as usize => {
+                close_object(one.cast::<sys::fid_domain>(), State::close_domain)
+            }
             k if k == Kind::Mr as usize => close_object(one.cast::<sys::fid_mr>(), State::close_mr),
             k if k == Kind::Av as usize => close_object(one.cast::<sys::fid_av>(), State::close_av),
             k if k == Kind::Cq as usize => close_object(one.cast::<sys::fid_cq>(), State::close_cq),
@@ -761,13 +775,7 @@ impl State {
     }
 }
 
-unsafe extern "C" fn setopt(
-    _: *mut sys::fid,
-    _: c_int,
-    _: c_int,
-    _: *const c_void,
-    _: usize,
-) -> c_int {
+unsafe extern "C" fn setopt(_: *mut sys::fid, _: c_int, _: c_int, _: *const c_void, _: usize) -> c_int {
     // As a libfabric that does not know the option.
     -libc::ENOPROTOOPT
 }
@@ -821,7 +829,9 @@ unsafe extern "C" fn av_remove(av: *mut sys::fid_av, address: *mut u64, _: usize
     let mut state = av.world().state();
     state.on_call();
     match state.avs[av.index].1.get_mut(address as usize).and_then(Option::take) {
-        Some(entry) if entry.in_flight > 0 => state.breach("an address was removed while operations to it are in flight"),
+        Some(entry) if entry.in_flight > 0 => {
+            state.breach("an address was removed while operations to it are in flight")
+        }
         Some(_) => {}
         None => state.breach("an address was removed that is not there"),
     }
@@ -880,7 +890,9 @@ unsafe extern "C" fn cq_readerr(cq: *mut sys::fid_cq, out: *mut sys::fi_cq_err_e
         return EAGAIN as isize;
     }
     let entries = &mut state.cqs[cq.index].entries;
-    let Some((error, provider)) = entries.front().and_then(|entry| entry.error) else { return EAGAIN as isize };
+    let Some((error, provider)) = entries.front().and_then(|entry| entry.error) else {
+        return EAGAIN as isize;
+    };
     let entry = entries.pop_front().expect("it was just looked at");
     // SAFETY: the caller's entry.
     unsafe {
@@ -1053,7 +1065,8 @@ impl State {
             let this = &self.eps[ep];
             let target_host = target.map(|t| self.eps[t].host);
             let message = order.what == What::Send;
-            let injury = crate::world::Injury { source_host: this.host, target_host, local: order.local, message };
+            let injury =
+                crate::world::Injury { source_host: this.host, target_host, local: order.local, message };
             self.injuries.push(injury);
             return Some(-(libc::ENOMEM as isize));
         }
@@ -1091,7 +1104,8 @@ impl State {
         let index = descriptor.checked_sub(1)?;
         let mr = self.mrs.get(index)?;
         let open = self.keys.get(&(mr.domain, mr.key)) == Some(&index);
-        let here = mr.domain == self.eps[ep].domain && (!self.profile.mr_endpoint || mr.bound == Some(ep) && mr.enabled);
+        let here = mr.domain == self.eps[ep].domain
+            && (!self.profile.mr_endpoint || mr.bound == Some(ep) && mr.enabled);
         (open && here && addr >= mr.addr && addr + len <= mr.addr + mr.len).then_some(index)
     }
 }
@@ -1109,7 +1123,8 @@ unsafe extern "C" fn recvmsg(ep: *mut sys::fid_ep, msg: *const sys::fi_msg, _: u
     state.on_call();
     let again = state.faults.again;
     let this = &state.eps[ep.index];
-    if state.host_is_dead(this.host) || this.recvs.len() >= this.rx_size.max(4096) || state.rng.chance(again) {
+    if state.host_is_dead(this.host) || this.recvs.len() >= this.rx_size.max(4096) || state.rng.chance(again)
+    {
         return EAGAIN as isize;
     }
     // SAFETY: one descriptor, as in `sendmsg`.

@@ -393,7 +393,8 @@ impl World {
     /// Lets time pass until the next thing happens on the network, `ns_max` at most.
     pub fn pass_to_next(&self, ns_max: u64) {
         let mut state = self.state();
-        let wait = state.schedule.next_due().map_or(ns_max, |due| due.saturating_sub(clock::now_ns()).min(ns_max));
+        let wait =
+            state.schedule.next_due().map_or(ns_max, |due| due.saturating_sub(clock::now_ns()).min(ns_max));
         clock::advance(wait);
         state.run_due();
     }

@@ -30,7 +30,8 @@ fn the_laws_hold_in_every_schedule() {
     for seed in first..first + count {
         match run(&Plan::of(seed)) {
             Ok(summary) => {
-                totals = (totals.0 + summary.done, totals.1 + summary.failed, totals.2 + summary.notifications);
+                totals =
+                    (totals.0 + summary.done, totals.1 + summary.failed, totals.2 + summary.notifications);
             }
             Err(failure) => {
                 println!("seed {seed}: {}", failure.broken[0]);
@@ -41,7 +42,10 @@ fn the_laws_hold_in_every_schedule() {
             break;
         }
     }
-    println!("{count} schedules: {} transfers done, {} failed, {} notifications", totals.0, totals.1, totals.2);
+    println!(
+        "{count} schedules: {} transfers done, {} failed, {} notifications",
+        totals.0, totals.1, totals.2
+    );
     if let Some(failure) = failures.first() {
         panic!("{failure}");
     }
