@@ -46,7 +46,7 @@ class Host:
         site = TARGET / "nixl" / self.nixl
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("NIXL_", "FI_", "UCX_"))}
         environment |= {
-            "PYTHONPATH": f"{site}:{BED.parent}",
+            "PYTHONPATH": f"{site}:{BED.parent}:{ROOT / 'benches'}",
             "LD_LIBRARY_PATH": ":".join(map(str, self.library_path())),
             "NIXL_LOG_LEVEL": "INFO",
             "PYTHONUNBUFFERED": "1",
