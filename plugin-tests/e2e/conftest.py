@@ -6,7 +6,7 @@ import pytest
 
 from bed.agent import Agent
 from bed.networks import LoopbackOnly, OneHost, TwoHosts
-from bed.places import LIBFABRIC_VERSIONS, NEWEST_LIBFABRIC, NIXL_VERSIONS, PLUGINS, Host
+from bed.places import LIBFABRIC_VERSIONS, NEWEST_LIBFABRIC, NIXL_VERSIONS, PLUGINS, TARGET, Host
 
 
 def pytest_addoption(parser):
@@ -18,6 +18,11 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if config.option.basetemp is None:
+        # The agents' logs of a failed test stay here until the next run.
+        logs = TARGET / "e2e"
+        logs.mkdir(parents=True, exist_ok=True)
+        config.option.basetemp = logs / config.getoption("plugin")
     config.addinivalue_line("markers", "ours: speaks of what only our plugin has; skipped with the others")
     config.addinivalue_line("markers", "stock_fails(why): the stock plugin is known to fail this; expected there")
     config.addinivalue_line("markers", "ucx_fails(why): the same for UCX")

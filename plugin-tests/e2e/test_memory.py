@@ -63,7 +63,7 @@ def test_zero_length_is_explained(bed):
     buffer = agent.buffer(4096, register=False)
     with pytest.raises(Refused):
         agent.call("register", [(buffer.address, 0)])
-    assert "length" in agent.log_text()
+    assert any("ERROR" in line and "0 bytes" in line for line in agent.log_text().splitlines())
 
 
 def test_unregistered_memory_is_refused(bed, progress):
@@ -108,7 +108,8 @@ def test_query_memory_and_cost_say_no_rather_than_nothing(bed):
     first.call("post", handle)
     assert first.call("wait", handle, 30) == "DONE"
     try:
+        # NIXL's Python always reports the method as unknown: it compares a number with an enumerator.
         duration, _, _ = first.call("cost", handle)
-        assert duration > 0  # The method says UNKNOWN whatever we answer: NIXL 1.5 compares a number with an enum there.
+        assert duration > 0
     except Refused as refused:
         assert "NOT_SUPPORTED" in str(refused)

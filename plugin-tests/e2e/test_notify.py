@@ -141,11 +141,11 @@ def test_silent_writes_do_not_delay_a_notification(bed, progress):
     first, second = bed.pair(progress_thread=progress)
     source, target = first.buffer(4096, seed=1), second.buffer(4096)
     first.knows(second)
+    second.begin("receive", 1, 120)
     handle = first.prepare("WRITE", [source[:64]], [target[:64]], second)
-    first.run(post_many, handle, 66_000, deadline=180)
+    first.run(post_many, handle, 66_000, deadline=110)
     first.transfer("WRITE", [source[:]], [target[:]], second, b"last")
-    found = second.call("receive", 1, 2)
-    assert found == [(first.name, b"last")], "not there 2 s after the transfer was DONE"
+    assert second.finish(2, "the notification of a transfer that is DONE") == [(first.name, b"last")]
 
 
 def post_many(worker, handle, count):
