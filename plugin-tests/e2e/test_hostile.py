@@ -30,7 +30,7 @@ def blob(*fields):
     return b"nixlSerDes|" + b"".join(fields)
 
 
-def handshake(index=1, name=b"first-1", connection=None):
+def handshake(index=1, name=b"nobody", connection=None):
     tail = [field(b"conn", connection)] if connection is not None else []
     return blob(
         field(b"idx", struct.pack("<H", index)), field(b"name", name),
@@ -135,6 +135,24 @@ def test_malformed_messages(bed, progress, messages):
     first.transfer("WRITE", [source[:]], [target[:]], second, b"after")
     second.receives(b"after", sender=first)
     target.check(2)
+
+
+@pytest.mark.stock_fails("malformed control messages crash the process")
+@pytest.mark.ucx_fails("has no such messages")
+@pytest.mark.parametrize("connection", [None, connection_info(b"1")], ids=["bare", "with-address"])
+def test_forged_handshake(bed, progress, connection):
+    """A handshake in the name of a known peer, from somebody else, does not cut that peer off."""
+    first, second = bed.pair(progress_thread=progress)
+    source, target = first.buffer(MIB, seed=1), second.buffer(MIB)
+    first.knows(second)
+    first.transfer("WRITE", [source[:]], [target[:]], second, b"before")
+    second.receives(b"before", sender=first)
+    forged = [(immediate(HANDSHAKE), handshake(index, first.name.encode(), connection)) for index in (0, 1, 2, 200)]
+    assert throw(bed, second, forged) == len(forged)
+    first.transfer("WRITE", [source[:]], [target[:]], second, b"after")
+    second.receives(b"after", sender=first, deadline=10)
+    second.transfer("READ", [target[:]], [source[:]], first, b"back")
+    first.receives(b"back", sender=second, deadline=10)
 
 
 @pytest.mark.ours
