@@ -193,7 +193,8 @@ struct Xfer {
     note: Option<u64>,
     /// Injuries before this post.
     injuries: usize,
-    posted_at: u64,
+    /// It is of a connection that its user has removed.
+    outdated: bool,
 }
 
 struct Note {
@@ -304,6 +305,9 @@ impl Play {
         self.calm_down();
         if !self.has_failed() {
             self.check_recovery();
+        }
+        if !self.has_failed() {
+            self.go_on();
         }
         if !self.has_failed() {
             self.check_capacity();
@@ -520,7 +524,7 @@ impl Play {
             posts: 0,
             note: None,
             injuries: 0,
-            posted_at: 0,
+            outdated: false,
         });
         self.post(self.xfers.len() - 1);
     }
@@ -551,7 +555,6 @@ impl Play {
         let xfer = &mut self.xfers[index];
         xfer.note = note;
         xfer.injuries = self.injuries_seen;
-        xfer.posted_at = clock::now_ns();
         xfer.stage = Stage::Posted;
         let (source, target) = sides(xfer, &self.agents);
         for (piece, &(.., len)) in xfer.pieces.iter().enumerate() {
@@ -737,6 +740,7 @@ impl Play {
         xfer.stage == Stage::Done
             && xfer.request.is_some()
             && settled
+            && !xfer.outdated
             && xfer.runs == (self.agents[xfer.from].run, self.agents[xfer.to].run)
             && self.is_awake(xfer.from)
     }
@@ -843,6 +847,9 @@ impl Play {
         let name = self.agents[j].name.clone();
         self.disturb(i, j);
         self.removed[i][j] = true;
+        for xfer in self.xfers.iter_mut().filter(|x| (x.from, x.to) == (i, j)) {
+            xfer.outdated = true;
+        }
         let answer = self.engine(i).expect("awake").disconnect(&name);
         self.note(format!("{i} removes {j}: {}", outcome(&answer)));
         if let Err(e) = answer {
@@ -980,6 +987,37 @@ impl Play {
                 }
             }
         }
+    }
+
+    /// What was wrong is over, and nothing more goes wrong that a user could be told of: from here on nothing is excused.
+    fn go_on(&mut self) {
+        self.note("go on".to_owned());
+        for i in 0..self.agents.len() {
+            for j in 0..self.agents.len() {
+                let gone = self.engine(i).is_none() || self.engine(j).is_none();
+                let outdated = self.agents[i].remote.get(&j).is_some_and(|(run, _)| *run != self.agents[j].run);
+                self.disturbed[i][j] = gone || outdated || self.removed[i][j] || self.removed[j][i];
+            }
+        }
+        // What was promised while promises were off is not owed now.
+        for note in &mut self.notes {
+            note.promised &= note.received > 0;
+        }
+        let benign = Faults {
+            rma_error: 0,
+            send_error: 0,
+            post_error: 0,
+            ..self.plan.faults.clone()
+        };
+        self.world.state().faults = benign;
+        (self.plan.removals, self.plan.deaths) = (false, false);
+        for _ in 0..self.plan.steps / 2 {
+            self.step();
+            if self.has_failed() {
+                return;
+            }
+        }
+        self.calm_down();
     }
 
     /// The first try may be refused: it tells the user that something was wrong.
