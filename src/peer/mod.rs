@@ -16,7 +16,7 @@ pub use self::table::PeerTable;
 use crate::error::{Error, Result};
 use crate::notify::{Limits, Receiver, StockIds, WindowIds};
 use crate::rail::{Destination, Message, Rail};
-use crate::transfer::{Rates, Transfer};
+use crate::transfer::{Announced, Rates, Transfer};
 use crate::types::AgentName;
 use crate::wire::{
     Body, ConnectionInfo, Extension, FragmentCursor, Handshake, Immediate, StockFragmentCursor, Subject,
@@ -199,12 +199,13 @@ impl Peer {
     }
 
     /// Tells the peer not to wait for the rest of a transfer. A stock peer cannot be told.
-    pub fn report_failed_transfer(self: &Arc<Self>, transfer_id: u64) {
+    pub fn report_failed_transfer(self: &Arc<Self>, transfer: Announced) {
         let mut state = self.lock();
-        if self.extension().is_some() {
-            self.post_control(&state, Body::TransferFailed { transfer_id, final_count: 0 });
-        } else {
-            state.stock_ids.retire(transfer_id as u16);
+        if self.extension().is_none() {
+            state.stock_ids.retire(transfer.id as u16);
+        } else if transfer.session == state.link.session() {
+            // In a newer session the number is another transfer's, and the peer has forgotten this one.
+            self.post_control(&state, Body::TransferFailed { transfer_id: transfer.id, final_count: 0 });
         }
     }
 
@@ -323,7 +324,8 @@ impl Peer {
         };
         transfer.add_part();
         self.hand_over(fragments.part_of(transfer));
-        transfer.launch(&self.local.rails, Some((id, write_immediate.encode())));
+        let (session, immediate) = (state.link.session(), write_immediate.encode());
+        transfer.launch(&self.local.rails, Some(Announced { session, id, immediate }));
         Ok(())
     }
 

@@ -8,4 +8,4 @@ mod request;
 
 pub use local::{LocalCopies, LocalPiece, LocalTransfer};
 pub use rates::Rates;
-pub use request::Transfer;
+pub use request::{Announced, Transfer};

@@ -39,13 +39,24 @@ pub struct Transfer {
     post: Mutex<Post>,
 }
 
+/// How a peer tells the writes of a transfer from others.
+#[derive(Debug, Clone, Copy)]
+pub struct Announced {
+    /// Our session with the peer, in which the number counts.
+    pub session: u64,
+    /// The transfer's number.
+    pub id: u64,
+    /// Immediate data of each write.
+    pub immediate: u32,
+}
+
 /// What belongs to one post of the request.
 #[derive(Debug, Default)]
 struct Post {
     /// Sent when the data is here (READ).
     notification: Option<Vec<u8>>,
-    /// Number under which the peer counts the writes (WRITE with notification).
-    announced: Option<u64>,
+    /// How the peer counts the writes (WRITE with notification).
+    announced: Option<Announced>,
     error: Option<Error>,
     failed_at: Option<Instant>,
     posted_at: Option<Instant>,
@@ -136,15 +147,15 @@ impl Transfer {
         self.parts.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Hands the runs to their rails. `announced` is the transfer's number and immediate data at the peer.
-    pub fn launch(self: &Arc<Self>, rails: &[Arc<Rail>], announced: Option<(u64, u32)>) {
-        self.lock().announced = announced.map(|(id, _)| id);
+    /// Hands the runs to their rails.
+    pub fn launch(self: &Arc<Self>, rails: &[Arc<Rail>], announced: Option<Announced>) {
+        self.lock().announced = announced;
         self.parts.fetch_add(self.runs.len() as u32, Ordering::Relaxed);
         for (run, regions) in self.runs.iter().zip(&self.regions) {
             rails[run.rail.index()].submit(Run {
                 op: self.op,
                 destination: self.peer.destination(run.endpoint),
-                immediate: announced.map(|(_, immediate)| immediate),
+                immediate: announced.map(|announced| announced.immediate),
                 slices: Arc::clone(&self.slices),
                 range: run.range.clone(),
                 regions: Arc::clone(regions),
@@ -184,8 +195,8 @@ impl Transfer {
         let failed = post.error.is_some();
         let announced = post.announced;
         drop(post);
-        if let (true, Some(id)) = (failed, announced) {
-            self.peer.report_failed_transfer(id);
+        if let (true, Some(announced)) = (failed, announced) {
+            self.peer.report_failed_transfer(announced);
         }
         for registration in &self.registrations {
             registration.end_use();
