@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 pub use self::discover::available_mems;
 use self::shared::Shared;
 use crate::error::{Error, Result, Status};
-use crate::fabric::{Hmem, Libfabric, MemoryRange};
+use crate::fabric::{Hmem, Libfabric, MemoryRange, MemoryRegion};
 use crate::memory::{Registration, RemoteRegion};
 pub use crate::notify::Notification;
 use crate::progress::ProgressThreads;
@@ -161,6 +161,7 @@ impl Engine {
                 std::thread::sleep(Duration::from_micros(20));
             }
         }
+        registration.close();
         Ok(())
     }
 
@@ -280,8 +281,8 @@ impl Engine {
         let pieces = plan::merge(pieces.into_iter());
         let turn = self.turn.fetch_add(1, Ordering::Relaxed) as usize;
         let plan = plan::spread(&pieces, &regions.lanes, &self.cutting(), turn)?;
-        let tables = plan.runs.iter().map(|run| regions.on_rail(run.rail)).collect();
-        Ok(Request::Remote(Arc::new(Transfer::new(
+        let tables = plan.runs.iter().map(|run| regions.on_rail(run.rail)).collect::<Result<_>>()?;
+        Ok(Request::Remote(Transfer::new(
             op,
             peer,
             plan.bytes,
@@ -289,7 +290,7 @@ impl Engine {
             plan.runs,
             regions.registrations,
             tables,
-        ))))
+        )))
     }
 
     fn prep_local<'a>(
@@ -538,9 +539,12 @@ impl<'a> Regions<'a> {
 
     /// The local regions on one rail, by index. A rail that does not serve a region gets one that no slice of it
     /// refers to.
-    fn on_rail(&self, rail: RailId) -> Arc<[crate::fabric::MemoryRegion]> {
-        let any =
-            self.registrations.iter().find_map(|r| r.region(rail)).expect("the run has a slice on this rail");
-        self.registrations.iter().map(|r| r.region(rail).unwrap_or(any).clone()).collect()
+    fn on_rail(&self, rail: RailId) -> Result<Arc<[MemoryRegion]>> {
+        let regions: Vec<_> = self.registrations.iter().map(|r| r.region(rail)).collect();
+        let any = regions.iter().flatten().next().cloned();
+        let filled = regions.into_iter().map(|region| region.or_else(|| any.clone()));
+        filled
+            .collect::<Option<_>>()
+            .ok_or_else(|| Error::not_found("a local region of the transfer is being deregistered"))
     }
 }

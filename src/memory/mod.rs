@@ -2,8 +2,8 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::error::{Error, Result};
 use crate::fabric::{Dmabuf, Hmem, MemoryRange, MemoryRegion, next_key};
@@ -15,13 +15,21 @@ use crate::wire::PublicMetadata;
 /// Ranges at least this long are registered on several rails at once: pinning takes about 0.1 ms for each MiB.
 const PARALLEL_REGISTRATION_BYTES_MIN: u64 = 64 << 20;
 
+/// Something that keeps regions of registrations: a prepared request.
+pub trait RegionUser: Send + Sync {
+    /// Lets go of them for good: one of their ranges is deregistered.
+    fn forget_regions(&self);
+}
+
 /// A range of local memory, registered on the rails that are near it.
 pub struct Registration {
     range: MemoryRange,
     kind: MemKind,
     dev_id: u64,
-    /// One entry for each rail of the engine.
-    regions: Vec<Option<MemoryRegion>>,
+    /// One entry for each rail of the engine; all `None` once the range is deregistered.
+    regions: Mutex<Vec<Option<MemoryRegion>>>,
+    /// Requests that keep regions of it at hand.
+    users: Mutex<Vec<Weak<dyn RegionUser>>>,
     /// Rails that have a region, nearest first.
     rails: Vec<RailId>,
     /// Posts in flight that use it.
@@ -86,7 +94,8 @@ impl Registration {
             range,
             kind,
             dev_id,
-            regions,
+            regions: Mutex::new(regions),
+            users: Mutex::default(),
             rails,
             in_use: AtomicUsize::new(0),
             holders: AtomicUsize::new(1),
@@ -109,14 +118,37 @@ impl Registration {
     }
 
     /// Its region on a rail.
-    pub fn region(&self, rail: RailId) -> Option<&MemoryRegion> {
-        self.regions[rail.index()].as_ref()
+    pub fn region(&self, rail: RailId) -> Option<MemoryRegion> {
+        self.lock_regions()[rail.index()].clone()
+    }
+
+    /// Notes who keeps regions of it, to be told when they are to be closed.
+    pub fn add_user(&self, user: Weak<dyn RegionUser>) {
+        let mut users = self.users.lock().unwrap_or_else(PoisonError::into_inner);
+        if users.len() == users.capacity() {
+            users.retain(|user| user.strong_count() > 0);
+        }
+        users.push(user);
+    }
+
+    /// Ends the registration on every rail: when it returns, no NIC reaches the range, unless operations that use
+    /// it are in flight.
+    pub fn close(&self) {
+        let users = std::mem::take(&mut *self.users.lock().unwrap_or_else(PoisonError::into_inner));
+        for user in users.iter().filter_map(Weak::upgrade) {
+            user.forget_regions();
+        }
+        self.lock_regions().fill(None);
+    }
+
+    fn lock_regions(&self) -> MutexGuard<'_, Vec<Option<MemoryRegion>>> {
+        self.regions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What peers need to reach it.
     pub fn public_metadata(&self) -> PublicMetadata {
         PublicMetadata {
-            keys: self.regions.iter().map(|r| r.as_ref().map(MemoryRegion::key)).collect(),
+            keys: self.lock_regions().iter().map(|r| r.as_ref().map(MemoryRegion::key)).collect(),
             addr: self.range.addr(),
         }
     }
@@ -128,7 +160,7 @@ impl Registration {
 
     /// A post that uses it begins.
     pub fn begin_use(&self) {
-        self.in_use.fetch_add(1, Ordering::AcqRel);
+        self.in_use.fetch_add(1, Ordering::SeqCst);
     }
 
     /// A post that uses it is over.
@@ -138,7 +170,7 @@ impl Registration {
 
     /// Posts in flight that use it.
     pub fn uses(&self) -> usize {
-        self.in_use.load(Ordering::Acquire)
+        self.in_use.load(Ordering::SeqCst)
     }
 
     /// The host registers it once more. `false` if it has been given up already.
@@ -149,12 +181,12 @@ impl Registration {
 
     /// The host deregisters it once. `true` if that was the last time: no new post may use it.
     pub fn drop_holder(&self) -> bool {
-        self.holders.fetch_sub(1, Ordering::AcqRel) == 1
+        self.holders.fetch_sub(1, Ordering::SeqCst) == 1
     }
 
     /// Whether the host has deregistered it.
     pub fn is_retired(&self) -> bool {
-        self.holders.load(Ordering::Acquire) == 0
+        self.holders.load(Ordering::SeqCst) == 0
     }
 }
 

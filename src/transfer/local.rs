@@ -75,10 +75,13 @@ impl LocalTransfer {
             return Err(Error::new(Status::RepostActive, "the transfer is still in flight"));
         }
         let regions = || self.pieces.iter().flat_map(|p| [&p.source, &p.target]);
-        if let Some(gone) = regions().find(|r| r.is_retired()) {
-            return Err(Error::not_found(format!("a region of the transfer was deregistered: {gone}")));
-        }
+        // Used first, looked at second: a deregistration does it the other way round, so one sees the other.
         regions().for_each(|r| r.begin_use());
+        if let Some(gone) = regions().find(|r| r.is_retired()) {
+            let error = Error::not_found(format!("a region of the transfer was deregistered: {gone}"));
+            regions().for_each(|r| r.end_use());
+            return Err(error);
+        }
         *self.lock() = Cursor { notification, ..Cursor::default() };
         self.stopped.store(false, Ordering::Relaxed);
         self.state.store(IN_FLIGHT, Ordering::Release);

@@ -5,13 +5,13 @@
 //! anything of it is in flight, so a host that releases it early only lets go of its own share.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use super::plan::PlannedRun;
 use crate::error::{Error, Result, Status};
 use crate::fabric::MemoryRegion;
-use crate::memory::Registration;
+use crate::memory::{RegionUser, Registration};
 use crate::peer::Peer;
 use crate::rail::{Rail, Run, RunOwner, Slice};
 use crate::types::Op;
@@ -30,8 +30,8 @@ pub struct Transfer {
     runs: Vec<PlannedRun>,
     /// Local registrations in use; a run's regions stand in the same order.
     registrations: Vec<Arc<Registration>>,
-    /// Regions of each run.
-    regions: Vec<Arc<[MemoryRegion]>>,
+    /// Regions of each run; none once one of the ranges is deregistered.
+    regions: Mutex<Vec<Arc<[MemoryRegion]>>>,
     state: AtomicU8,
     /// Parts of this post that are not over.
     parts: AtomicU32,
@@ -73,21 +73,26 @@ impl Transfer {
         runs: Vec<PlannedRun>,
         registrations: Vec<Arc<Registration>>,
         regions: Vec<Arc<[MemoryRegion]>>,
-    ) -> Self {
+    ) -> Arc<Self> {
         debug_assert_eq!(runs.len(), regions.len());
-        Self {
+        let transfer = Arc::new(Self {
             op,
             peer,
             bytes,
             slices: slices.into(),
             runs,
             registrations,
-            regions,
+            regions: Mutex::new(regions),
             state: AtomicU8::new(IDLE),
             parts: AtomicU32::new(0),
             stopped: AtomicBool::new(false),
             post: Mutex::default(),
+        });
+        for registration in &transfer.registrations {
+            let weak: Weak<Self> = Arc::downgrade(&transfer);
+            registration.add_user(weak);
         }
+        transfer
     }
 
     /// Direction.
@@ -128,14 +133,19 @@ impl Transfer {
                 "the transfer is still in flight; post it again when checkXfer has said that it is done",
             ));
         }
-        if let Some(gone) = self.registrations.iter().find(|r| r.is_retired()) {
-            return Err(Error::not_found(format!("a local region of the transfer was deregistered: {gone}")));
-        }
-        *self.lock() = Post { notification, posted_at: Some(Instant::now()), ..Post::default() };
-        self.stopped.store(false, Ordering::Relaxed);
+        // Used first, looked at second: a deregistration does it the other way round, so one sees the other.
         for registration in &self.registrations {
             registration.begin_use();
         }
+        if let Some(gone) = self.registrations.iter().find(|r| r.is_retired()) {
+            let error = Error::not_found(format!("a local region of the transfer was deregistered: {gone}"));
+            for registration in &self.registrations {
+                registration.end_use();
+            }
+            return Err(error);
+        }
+        *self.lock() = Post { notification, posted_at: Some(Instant::now()), ..Post::default() };
+        self.stopped.store(false, Ordering::Relaxed);
         // The poster's own part: the post cannot be over before all of it was handed out.
         self.parts.store(1, Ordering::Relaxed);
         self.state.store(IN_FLIGHT, Ordering::Release);
@@ -150,8 +160,11 @@ impl Transfer {
     /// Hands the runs to their rails.
     pub fn launch(self: &Arc<Self>, rails: &[Arc<Rail>], announced: Option<Announced>) {
         self.lock().announced = announced;
+        // While the post is in use of its registrations, their regions stay.
+        let regions = self.lock_regions();
+        debug_assert_eq!(self.runs.len(), regions.len());
         self.parts.fetch_add(self.runs.len() as u32, Ordering::Relaxed);
-        for (run, regions) in self.runs.iter().zip(&self.regions) {
+        for (run, regions) in self.runs.iter().zip(regions.iter()) {
             rails[run.rail.index()].submit(Run {
                 op: self.op,
                 destination: self.peer.destination(run.endpoint),
@@ -244,7 +257,11 @@ impl Transfer {
         self.lock().error.clone().unwrap_or_else(|| Error::backend("the transfer failed"))
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Post> {
+    fn lock_regions(&self) -> MutexGuard<'_, Vec<Arc<[MemoryRegion]>>> {
+        self.regions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Post> {
         // Every update of the post is a plain store: a panic elsewhere leaves nothing half done.
         self.post.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -261,5 +278,11 @@ impl RunOwner for Transfer {
 
     fn on_finished(self: Arc<Self>) {
         self.part_finished();
+    }
+}
+
+impl RegionUser for Transfer {
+    fn forget_regions(&self) {
+        self.lock_regions().clear();
     }
 }

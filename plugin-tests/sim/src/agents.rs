@@ -995,7 +995,8 @@ impl Play {
         for i in 0..self.agents.len() {
             for j in 0..self.agents.len() {
                 let gone = self.engine(i).is_none() || self.engine(j).is_none();
-                let outdated = self.agents[i].remote.get(&j).is_some_and(|(run, _)| *run != self.agents[j].run);
+                let outdated =
+                    self.agents[i].remote.get(&j).is_some_and(|(run, _)| *run != self.agents[j].run);
                 self.disturbed[i][j] = gone || outdated || self.removed[i][j] || self.removed[j][i];
             }
         }
@@ -1003,12 +1004,7 @@ impl Play {
         for note in &mut self.notes {
             note.promised &= note.received > 0;
         }
-        let benign = Faults {
-            rma_error: 0,
-            send_error: 0,
-            post_error: 0,
-            ..self.plan.faults.clone()
-        };
+        let benign = Faults { rma_error: 0, send_error: 0, post_error: 0, ..self.plan.faults.clone() };
         self.world.state().faults = benign;
         (self.plan.removals, self.plan.deaths) = (false, false);
         for _ in 0..self.plan.steps / 2 {
