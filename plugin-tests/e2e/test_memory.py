@@ -48,6 +48,7 @@ def test_ranges_that_meet(bed, progress, regions):
             buffer.agent.call("deregister", number)
 
 
+@pytest.mark.stock_fails("takes an empty region")
 @pytest.mark.ucx_fails("takes an empty region")
 def test_zero_length_is_refused(bed, progress):
     agent = bed.agent(progress_thread=progress)

@@ -25,6 +25,7 @@ def test_release_in_flight(bed, progress, operation):
         target.check(10 + turn)
 
 
+@pytest.mark.stock_fails("without a progress thread the peer of an agent that went fails others' transfers")
 def test_agent_goes_with_transfers_in_flight(bed, progress):
     """Destroying an agent in the middle of its transfers neither hangs nor crashes it or its peer."""
     size = 64 * MIB
