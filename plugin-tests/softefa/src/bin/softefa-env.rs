@@ -1,0 +1,136 @@
+//! Prints the environment of one software host, or runs a command in it; shows traces and counters.
+
+use std::env;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+use softefa::config::Config;
+use softefa::{hwloc, install, sysfs, topology, trace};
+
+const USAGE: &str = "\
+usage: softefa-env [OPTION]... [-- COMMAND [ARGUMENT]...]   print the variables of a host, or run a command with them
+       softefa-env [OPTION]... counters                     print the counters of the host's devices
+       softefa-env trace FILE                               print a trace (SOFTEFA_DIR/trace-*)
+
+  --host NAME        the host to play (a)
+  --topology TYPE    instance type, or FILE.json[#TYPE] (p5.48xlarge)
+  --devices LIST     how many devices, or which: 4, rdmap79s0,rdmap96s0 (all)
+  --dir DIR          the network (/dev/shm/softefa-UID)
+  --control FILE     faults (DIR/control)
+  --seed NUMBER      of order and faults (1)
+  --trace            keep a trace
+  --hwloc            also let hwloc see the instance type's machine
+";
+
+fn main() -> ExitCode {
+    match run(env::args().skip(1).collect()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprint!("softefa-env: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(arguments: Vec<String>) -> Result<(), String> {
+    let mut set: Vec<(&str, String)> = Vec::new();
+    let mut with_hwloc = false;
+    let mut arguments = arguments.into_iter();
+    let mut rest: Vec<String> = Vec::new();
+    while let Some(argument) = arguments.next() {
+        let variable = match argument.as_str() {
+            "--host" => "SOFTEFA_HOST",
+            "--topology" => "SOFTEFA_TOPOLOGY",
+            "--devices" => "SOFTEFA_DEVICES",
+            "--dir" => "SOFTEFA_DIR",
+            "--control" => "SOFTEFA_CONTROL",
+            "--seed" => "SOFTEFA_SEED",
+            "--trace" => {
+                set.push(("SOFTEFA_TRACE", "1".to_owned()));
+                continue;
+            }
+            "--hwloc" => {
+                with_hwloc = true;
+                continue;
+            }
+            "--help" => return Err(format!("\n{USAGE}known types: {}\n", topology::known_names())),
+            "--" => {
+                rest = std::iter::once(argument).chain(arguments).collect();
+                break;
+            }
+            "counters" | "trace" => {
+                rest = std::iter::once(argument).chain(arguments).collect();
+                break;
+            }
+            _ => return Err(format!("unknown {argument}\n{USAGE}")),
+        };
+        let value = arguments.next().ok_or_else(|| format!("{argument} needs a value\n"))?;
+        set.push((variable, value));
+    }
+    if let [word, file] = rest.as_slice()
+        && word == "trace"
+    {
+        print!("{}", trace::dump(Path::new(file)).map_err(|error| format!("{file}: {error}\n"))?);
+        return Ok(());
+    }
+    let given = |name: &str| set.iter().rev().find(|(key, _)| *key == name).map(|(_, value)| value.clone());
+    let config = Config::from_variables(|name| given(name).or_else(|| env::var(name).ok()))
+        .map_err(|error| format!("{error}\n"))?;
+    match rest.first().map(String::as_str) {
+        Some("counters") => counters(&config),
+        Some("--") if rest.len() > 1 => {
+            let variables = variables(&config, with_hwloc)?;
+            let error = Command::new(&rest[1]).args(&rest[2..]).envs(variables).exec();
+            Err(format!("{}: {error}\n", rest[1]))
+        }
+        Some(word) => Err(format!("what about {word}?\n{USAGE}")),
+        None => {
+            for (name, value) in variables(&config, with_hwloc)? {
+                println!("export {name}='{}'", value.replace('\'', r"'\''"));
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Everything that a program of this host needs; writes the files that it will look for.
+fn variables(config: &Config, with_hwloc: bool) -> Result<Vec<(String, String)>, String> {
+    let failed = |error: std::io::Error| format!("{}: {error}\n", config.dir.display());
+    sysfs::create(config).map_err(failed)?;
+    let library = install::library_dir().map_err(|error| format!("{error}\n"))?;
+    let path = env::var("LD_LIBRARY_PATH").ok().filter(|path| !path.is_empty());
+    let path = path.map_or_else(String::new, |path| format!(":{path}"));
+    let names: Vec<_> = config.devices.iter().map(|device| device.name.clone()).collect();
+    let mut variables = vec![
+        ("LD_LIBRARY_PATH", format!("{}{path}", library.display())),
+        ("SYSFS_PATH", config.sysfs().display().to_string()),
+        // Two hosts of one machine share /dev/shm, and killed programs leave libfabric's files there.
+        ("FI_EFA_ENABLE_SHM_TRANSFER", "0".to_owned()),
+        ("SOFTEFA_DIR", config.dir.display().to_string()),
+        ("SOFTEFA_HOST", config.host.clone()),
+        ("SOFTEFA_DEVICES", names.join(",")),
+        ("SOFTEFA_CONTROL", config.control.display().to_string()),
+        ("SOFTEFA_SEED", config.seed.to_string()),
+        ("SOFTEFA_TRACE", u8::from(config.trace).to_string()),
+        ("SOFTEFA_TOPOLOGY", config.topology_name.clone()),
+    ];
+    if with_hwloc {
+        let file = config.dir.join("hosts").join(&config.host).join("hwloc.xml");
+        std::fs::write(&file, hwloc::xml(&config.topology)).map_err(failed)?;
+        variables.push(("HWLOC_XMLFILE", file.display().to_string()));
+        // The machine in the file is the one to be on: hwloc would else refuse to bind.
+        variables.push(("HWLOC_THISSYSTEM", "1".to_owned()));
+    }
+    Ok(variables.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
+}
+
+fn counters(config: &Config) -> Result<(), String> {
+    for device in &config.devices {
+        let Ok(table) = softefa::shm::device::open(&config.dir, &device.gid) else { continue };
+        for (name, value) in table.counters.all() {
+            println!("{} {name} {value}", device.name);
+        }
+    }
+    Ok(())
+}

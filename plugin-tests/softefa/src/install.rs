@@ -1,0 +1,39 @@
+//! Puts the three libraries into one directory, for `LD_LIBRARY_PATH`.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Where build.rs put the two thin libraries.
+const SHIMS: &str = env!("SOFTEFA_SHIM_DIR");
+
+/// The directory with `libibverbs.so.1`, `libefa.so.1` and `libsoftefa.so`, made or refreshed beside the running
+/// program (a binary or test of this workspace).
+pub fn library_dir() -> io::Result<PathBuf> {
+    let program = std::env::current_exe()?;
+    let beside = program.parent().unwrap_or(Path::new("."));
+    let candidates = [beside.join("deps"), beside.to_owned()];
+    let device = candidates.iter().map(|dir| dir.join("libsoftefa.so")).find(|path| path.is_file());
+    let device = device.ok_or_else(|| io::Error::other("no libsoftefa.so beside this program: cargo build -p softefa"))?;
+    let dir = beside.join("softefa-lib");
+    fs::create_dir_all(&dir)?;
+    refresh(&device, &dir.join("libsoftefa.so"))?;
+    for name in ["libibverbs.so.1", "libefa.so.1"] {
+        refresh(&Path::new(SHIMS).join(name), &dir.join(name))?;
+    }
+    Ok(dir)
+}
+
+/// Copies if the copy is missing or older. Programs that have the old copy mapped keep it.
+fn refresh(from: &Path, to: &Path) -> io::Result<()> {
+    let (source, copy) = (fs::metadata(from)?, fs::metadata(to));
+    let current = copy.is_ok_and(|copy| {
+        copy.len() == source.len() && copy.modified().ok() >= source.modified().ok() && copy.modified().is_ok()
+    });
+    if current {
+        return Ok(());
+    }
+    let next = to.with_extension(format!("{}", std::process::id()));
+    fs::copy(from, &next)?;
+    fs::rename(next, to)
+}
