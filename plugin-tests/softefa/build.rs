@@ -71,7 +71,8 @@ fn jumps(nodes: &[(String, Vec<String>)], jump: &str) -> String {
     let mut asm = String::from(".text\n");
     for symbol in nodes.iter().flat_map(|(_, symbols)| symbols) {
         let jump = jump.replace("TARGET", &format!("softefa_{symbol}"));
-        writeln!(asm, ".globl {symbol}\n.type {symbol},%function\n.balign 16\n{symbol}:\n\t{jump}").expect("string");
+        writeln!(asm, ".globl {symbol}\n.type {symbol},%function\n.balign 16\n{symbol}:\n\t{jump}")
+            .expect("string");
         writeln!(asm, ".size {symbol},.-{symbol}").expect("string");
     }
     asm.push_str(".section .note.GNU-stack,\"\",%progbits\n");

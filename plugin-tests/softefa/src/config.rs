@@ -45,7 +45,9 @@ impl Config {
     /// The configuration of this process, read once; a bad variable is said on stderr and leaves no devices.
     pub fn get() -> Option<&'static Self> {
         static CONFIG: OnceLock<Option<Config>> = OnceLock::new();
-        let read = || Self::from_variables(|name| env::var(name).ok()).map_err(|error| eprintln!("softefa: {error}"));
+        let read = || {
+            Self::from_variables(|name| env::var(name).ok()).map_err(|error| eprintln!("softefa: {error}"))
+        };
         CONFIG.get_or_init(|| read().ok()).as_ref()
     }
 
@@ -54,7 +56,9 @@ impl Config {
         let set = |name: &str| variable(name).filter(|value| !value.is_empty());
         let dir = set("SOFTEFA_DIR").map_or_else(default_dir, PathBuf::from);
         let host = set("SOFTEFA_HOST").unwrap_or_else(|| "a".to_owned());
-        if host.len() > 32 || !host.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'.') {
+        if host.len() > 32
+            || !host.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'.')
+        {
             return Err(format!("SOFTEFA_HOST={host}: at most 32 letters, digits, '-' and '.'"));
         }
         let topology_name = set("SOFTEFA_TOPOLOGY").unwrap_or_else(|| "p5.48xlarge".to_owned());
@@ -103,7 +107,9 @@ mod tests {
     use super::*;
 
     fn with(pairs: &[(&str, &str)]) -> Result<Config, String> {
-        Config::from_variables(|name| pairs.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned()))
+        Config::from_variables(|name| {
+            pairs.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned())
+        })
     }
 
     #[test]
@@ -111,14 +117,20 @@ mod tests {
         assert_eq!(with(&[]).expect("defaults").devices.len(), 32);
         assert_eq!(with(&[("SOFTEFA_DEVICES", "4")]).expect("count").devices.len(), 4);
         let named = with(&[("SOFTEFA_DEVICES", "rdmap96s0,rdmap79s0")]).expect("names").devices;
-        assert_eq!(named.iter().map(|device| device.name.as_str()).collect::<Vec<_>>(), ["rdmap96s0", "rdmap79s0"]);
+        assert_eq!(
+            named.iter().map(|device| device.name.as_str()).collect::<Vec<_>>(),
+            ["rdmap96s0", "rdmap79s0"]
+        );
     }
 
     #[test]
     fn bad_values_are_named() {
-        for (name, value) in
-            [("SOFTEFA_SEED", "x"), ("SOFTEFA_HOST", "a/b"), ("SOFTEFA_DEVICES", "mlx5_0"), ("SOFTEFA_TOPOLOGY", "p9")]
-        {
+        for (name, value) in [
+            ("SOFTEFA_SEED", "x"),
+            ("SOFTEFA_HOST", "a/b"),
+            ("SOFTEFA_DEVICES", "mlx5_0"),
+            ("SOFTEFA_TOPOLOGY", "p9"),
+        ] {
             let error = with(&[(name, value)]).expect_err("bad value");
             assert!(error.contains(value), "{error}");
         }

@@ -28,6 +28,7 @@ pub enum When {
 
 /// What happens to an operation.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own in the control file")]
 pub struct Effects {
     /// Chance in percent that an operation, or a completion, is held back and so overtaken.
     pub hold_pct: f64,
@@ -117,8 +118,9 @@ impl End {
         Some(Self { host: (host != "*").then(|| host_number(host)), device })
     }
 
-    fn matches(&self, gid: &ibv_gid) -> bool {
-        self.host.is_none_or(|host| host == gid.raw[8..12]) && self.device.is_none_or(|device| device == gid.raw[14..])
+    fn matches(self, gid: &ibv_gid) -> bool {
+        self.host.is_none_or(|host| host == gid.raw[8..12])
+            && self.device.is_none_or(|device| device == gid.raw[14..])
     }
 }
 
@@ -193,7 +195,8 @@ impl Control {
             if line.matches(source, destination, op, immediate) {
                 line.effects.iter().for_each(|effect| effects.apply(*effect, index));
                 if let Some(dead) = line.dead() {
-                    effects.dead_source = if line.either.matches(source) { dead } else { effects.dead_source };
+                    effects.dead_source =
+                        if line.either.matches(source) { dead } else { effects.dead_source };
                     effects.dead_destination =
                         if line.either.matches(destination) { dead } else { effects.dead_destination };
                 }
@@ -243,7 +246,10 @@ impl Line {
     }
 
     fn dead(&self) -> Option<bool> {
-        self.effects.iter().rev().find_map(|effect| if let Effect::Dead(dead) = effect { Some(*dead) } else { None })
+        self.effects
+            .iter()
+            .rev()
+            .find_map(|effect| if let Effect::Dead(dead) = effect { Some(*dead) } else { None })
     }
 
     fn matches(&self, source: &ibv_gid, destination: &ibv_gid, op: Op, immediate: bool) -> bool {
@@ -344,7 +350,9 @@ mod tests {
         let text = "seed=7\ndelay_us=5 # for all\ndst=b op=write delay_us=10\nsrc=a/rdmap79s0 gbps=1.5\nhost=c drop_pct=100";
         let control = Control::parse(text).expect("good");
         assert_eq!(control.seed, Some(7));
-        let effects = |from: (&str, u8), to: &str, op| control.effects(&device(from.0, from.1), &device(to, 9), op, false);
+        let effects = |from: (&str, u8), to: &str, op| {
+            control.effects(&device(from.0, from.1), &device(to, 9), op, false)
+        };
         assert_eq!(effects(("a", 80), "b", Op::Write).delay_us, 10);
         assert_eq!(effects(("a", 80), "b", Op::Read).delay_us, 5);
         assert!((effects(("a", 79), "b", Op::Read).gbps - 1.5).abs() < 1e-9);
@@ -375,7 +383,9 @@ mod tests {
 
     #[test]
     fn mistakes_name_the_line() {
-        for bad in ["delay_us=x", "nonsense=1", "every=0", "hold_pct=101", "delay_us", "src=a/eth0", "pieces=0"] {
+        for bad in
+            ["delay_us=x", "nonsense=1", "every=0", "hold_pct=101", "delay_us", "src=a/eth0", "pieces=0"]
+        {
             let error = Control::parse(&format!("# first\n{bad}")).expect_err(bad);
             assert!(error.starts_with("line 2") && error.contains(bad), "{error}");
         }

@@ -49,7 +49,8 @@ struct Writer {
 impl Writer {
     fn open(&mut self, kind: &str, attributes: &str) {
         self.index += 1;
-        writeln!(self.text, "<object type=\"{kind}\" gp_index=\"{}\" {attributes}>", self.index).expect("string");
+        writeln!(self.text, "<object type=\"{kind}\" gp_index=\"{}\" {attributes}>", self.index)
+            .expect("string");
     }
 
     fn close(&mut self) {
@@ -67,10 +68,15 @@ impl Writer {
         let (first, last) = (buses.first().copied().unwrap_or(0), buses.last().copied().unwrap_or(0));
         // The host bridge; below it a PCI bridge where the instance type shows one.
         let top = group.bridge.map_or(first, |bridge| bridge.bus);
-        self.open("Bridge", &format!("bridge_type=\"0-1\" depth=\"0\" bridge_pci=\"0000:[{top:02x}-{last:02x}]\""));
+        self.open(
+            "Bridge",
+            &format!("bridge_type=\"0-1\" depth=\"0\" bridge_pci=\"0000:[{top:02x}-{last:02x}]\""),
+        );
         if let Some(bridge) = group.bridge {
             let busid = pci(bridge, 0x0604, 0x1d0f, 0x0200);
-            let below = format!("bridge_type=\"1-1\" depth=\"1\" bridge_pci=\"0000:[{first:02x}-{last:02x}]\" {busid}");
+            let below = format!(
+                "bridge_type=\"1-1\" depth=\"1\" bridge_pci=\"0000:[{first:02x}-{last:02x}]\" {busid}"
+            );
             self.open("Bridge", &below);
         }
         for efa in &group.efa {

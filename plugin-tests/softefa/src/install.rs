@@ -14,7 +14,8 @@ pub fn library_dir() -> io::Result<PathBuf> {
     let beside = program.parent().unwrap_or(Path::new("."));
     let candidates = [beside.join("deps"), beside.to_owned()];
     let device = candidates.iter().map(|dir| dir.join("libsoftefa.so")).find(|path| path.is_file());
-    let device = device.ok_or_else(|| io::Error::other("no libsoftefa.so beside this program: cargo build -p softefa"))?;
+    let device = device
+        .ok_or_else(|| io::Error::other("no libsoftefa.so beside this program: cargo build -p softefa"))?;
     let dir = beside.join("softefa-lib");
     fs::create_dir_all(&dir)?;
     refresh(&device, &dir.join("libsoftefa.so"))?;
@@ -28,7 +29,9 @@ pub fn library_dir() -> io::Result<PathBuf> {
 fn refresh(from: &Path, to: &Path) -> io::Result<()> {
     let (source, copy) = (fs::metadata(from)?, fs::metadata(to));
     let current = copy.is_ok_and(|copy| {
-        copy.len() == source.len() && copy.modified().ok() >= source.modified().ok() && copy.modified().is_ok()
+        copy.len() == source.len()
+            && copy.modified().ok() >= source.modified().ok()
+            && copy.modified().is_ok()
     });
     if current {
         return Ok(());

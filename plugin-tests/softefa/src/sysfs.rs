@@ -37,7 +37,8 @@ pub fn create(config: &Config) -> io::Result<()> {
         file(&ibdev.join("fw_ver"), "0.0.0.0\n")?;
         file(&ibdev.join("node_type"), "7: UNSPECIFIED\n")?;
         file(&ibdev.join("ports/1/state"), "4: ACTIVE\n")?;
-        let gid: Vec<_> = device.gid.raw.chunks(2).map(|pair| format!("{:02x}{:02x}", pair[0], pair[1])).collect();
+        let gid: Vec<_> =
+            device.gid.raw.chunks(2).map(|pair| format!("{:02x}{:02x}", pair[0], pair[1])).collect();
         file(&ibdev.join("ports/1/gids/0"), &format!("{}\n", gid.join(":")))?;
         fs::create_dir_all(ibdev.join("ports/1/hw_counters"))?;
         fs::create_dir_all(verbs_path(config, index))?;

@@ -51,7 +51,7 @@ impl std::fmt::Display for Pci {
     }
 }
 
-/// Devices below one PCIe bridge (or, where none is visible, on one bus).
+/// Devices below one bridge (or, where none is visible, on one bus).
 #[derive(Clone, Debug)]
 pub struct Group {
     /// NUMA node number.
@@ -92,8 +92,10 @@ impl Topology {
             Some(name) => all.get(name),
             None => all.as_object().and_then(|map| map.values().find(|value| value.get("groups").is_some())),
         };
-        let found = found.ok_or_else(|| format!("topology {spec}: no such instance type; known: {}", known_names()))?;
-        parse(found).ok_or_else(|| format!("topology {spec}: not in the expected form (see topologies/ec2.json)"))
+        let found = found
+            .ok_or_else(|| format!("topology {spec}: no such instance type; known: {}", known_names()))?;
+        parse(found)
+            .ok_or_else(|| format!("topology {spec}: not in the expected form (see topologies/ec2.json)"))
     }
 
     /// Every EFA device with its NUMA node, in PCI order.
@@ -143,7 +145,8 @@ fn parse_group(value: &Value) -> Option<Group> {
 /// The part of a GID that stands for a host: a hash of its name.
 pub fn host_number(name: &str) -> [u8; 4] {
     // FNV-1a, 32 bits.
-    let hash = name.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    let hash =
+        name.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
     hash.to_be_bytes()
 }
 

@@ -22,7 +22,16 @@ macro_rules! fields {
 }
 
 fn assertions() -> String {
-    let mut c = String::from("#include <stddef.h>\n#include <infiniband/verbs.h>\n#include <infiniband/efadv.h>\n");
+    let mut c = String::new();
+    objects(&mut c);
+    queues(&mut c);
+    extended_context(&mut c);
+    c
+}
+
+#[rustfmt::skip]
+fn objects(c: &mut String) {
+    c.push_str("#include <stddef.h>\n#include <infiniband/verbs.h>\n#include <infiniband/efadv.h>\n");
     fields!(c, ibv_device, node_type = "node_type", name = "name", dev_name = "dev_name", dev_path = "dev_path",
         ibdev_path = "ibdev_path");
     fields!(c, ibv_context_ops, poll_cq = "poll_cq", req_notify_cq = "req_notify_cq", post_send = "post_send",
@@ -41,6 +50,10 @@ fn assertions() -> String {
     fields!(c, ibv_mr, pd = "pd", addr = "addr", length = "length", lkey = "lkey", rkey = "rkey");
     fields!(c, ibv_ah, pd = "pd", handle = "handle");
     fields!(c, ibv_ah_attr, dgid = "grh.dgid", flow_label = "grh.flow_label", dlid = "dlid", port_num = "port_num");
+}
+
+#[rustfmt::skip]
+fn queues(c: &mut String) {
     fields!(c, ibv_qp_init_attr_ex, send_cq = "send_cq", recv_cq = "recv_cq", cap = "cap", qp_type = "qp_type",
         sq_sig_all = "sq_sig_all", comp_mask = "comp_mask", pd = "pd");
     fields!(c, ibv_qp_attr, qp_state = "qp_state", qkey = "qkey", cap = "cap", ah_attr = "ah_attr",
@@ -70,7 +83,10 @@ fn assertions() -> String {
         inline_buf_size = "inline_buf_size", device_caps = "device_caps", max_rdma_size = "max_rdma_size");
     fields!(c, efadv_ah_attr, ahn = "ahn");
     fields!(c, efadv_cq, wc_read_sgid = "wc_read_sgid");
-    // The extended context is reached from its end.
+}
+
+/// The extended context is reached from its end.
+fn extended_context(c: &mut String) {
     for (field, from_end) in [
         ("query_port", size_of::<verbs_context>() - offset_of!(verbs_context, query_port)),
         ("create_cq_ex", size_of::<verbs_context>() - offset_of!(verbs_context, create_cq_ex)),
@@ -86,11 +102,11 @@ fn assertions() -> String {
         )
         .expect("string");
     }
-    c
 }
 
 fn include_dir() -> Option<PathBuf> {
-    let dir = std::env::var_os("RDMA_CORE_INCLUDE").map_or_else(|| PathBuf::from("/usr/include"), PathBuf::from);
+    let dir =
+        std::env::var_os("RDMA_CORE_INCLUDE").map_or_else(|| PathBuf::from("/usr/include"), PathBuf::from);
     dir.join("infiniband/efadv.h").exists().then_some(dir)
 }
 

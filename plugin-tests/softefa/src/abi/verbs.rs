@@ -83,7 +83,8 @@ pub struct ibv_context_ops {
     pub post_srq_recv: Unused,
     pub compat_qp: [Unused; 4],
     pub post_send: Option<unsafe extern "C" fn(*mut ibv_qp, *mut c_void, *mut *mut c_void) -> c_int>,
-    pub post_recv: Option<unsafe extern "C" fn(*mut ibv_qp, *mut ibv_recv_wr, *mut *mut ibv_recv_wr) -> c_int>,
+    pub post_recv:
+        Option<unsafe extern "C" fn(*mut ibv_qp, *mut ibv_recv_wr, *mut *mut ibv_recv_wr) -> c_int>,
     pub compat_rest: [Unused; 5],
 }
 
@@ -103,7 +104,8 @@ pub struct ibv_context {
 pub struct verbs_context {
     pub query_port: Option<unsafe extern "C" fn(*mut ibv_context, u8, *mut ibv_port_attr, size_t) -> c_int>,
     pub unused_to_create_cq_ex: [Unused; 24],
-    pub create_cq_ex: Option<unsafe extern "C" fn(*mut ibv_context, *mut ibv_cq_init_attr_ex) -> *mut ibv_cq_ex>,
+    pub create_cq_ex:
+        Option<unsafe extern "C" fn(*mut ibv_context, *mut ibv_cq_init_attr_ex) -> *mut ibv_cq_ex>,
     pub private: *mut c_void,
     pub query_device_ex:
         Option<unsafe extern "C" fn(*mut ibv_context, *const c_void, *mut ibv_device_attr, size_t) -> c_int>,

@@ -33,65 +33,77 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(arguments: Vec<String>) -> Result<(), String> {
-    let mut set: Vec<(&str, String)> = Vec::new();
-    let mut with_hwloc = false;
-    let mut arguments = arguments.into_iter();
-    let mut rest: Vec<String> = Vec::new();
-    while let Some(argument) = arguments.next() {
-        let variable = match argument.as_str() {
-            "--host" => "SOFTEFA_HOST",
-            "--topology" => "SOFTEFA_TOPOLOGY",
-            "--devices" => "SOFTEFA_DEVICES",
-            "--dir" => "SOFTEFA_DIR",
-            "--control" => "SOFTEFA_CONTROL",
-            "--seed" => "SOFTEFA_SEED",
-            "--trace" => {
-                set.push(("SOFTEFA_TRACE", "1".to_owned()));
-                continue;
-            }
-            "--hwloc" => {
-                with_hwloc = true;
-                continue;
-            }
-            "--help" => return Err(format!("\n{USAGE}known types: {}\n", topology::known_names())),
-            "--" => {
-                rest = std::iter::once(argument).chain(arguments).collect();
-                break;
-            }
-            "counters" | "trace" => {
-                rest = std::iter::once(argument).chain(arguments).collect();
-                break;
-            }
-            _ => return Err(format!("unknown {argument}\n{USAGE}")),
-        };
-        let value = arguments.next().ok_or_else(|| format!("{argument} needs a value\n"))?;
-        set.push((variable, value));
-    }
-    if let [word, file] = rest.as_slice()
-        && word == "trace"
-    {
-        print!("{}", trace::dump(Path::new(file)).map_err(|error| format!("{file}: {error}\n"))?);
-        return Ok(());
-    }
-    let given = |name: &str| set.iter().rev().find(|(key, _)| *key == name).map(|(_, value)| value.clone());
-    let config = Config::from_variables(|name| given(name).or_else(|| env::var(name).ok()))
-        .map_err(|error| format!("{error}\n"))?;
-    match rest.first().map(String::as_str) {
-        Some("counters") => counters(&config),
-        Some("--") if rest.len() > 1 => {
-            let variables = variables(&config, with_hwloc)?;
-            let error = Command::new(&rest[1]).args(&rest[2..]).envs(variables).exec();
-            Err(format!("{}: {error}\n", rest[1]))
+/// The command line.
+#[derive(Default)]
+struct Options {
+    set: Vec<(&'static str, String)>,
+    with_hwloc: bool,
+    /// `--` and a command, or `counters`, or `trace` and a file.
+    rest: Vec<String>,
+}
+
+impl Options {
+    fn parse(arguments: Vec<String>) -> Result<Self, String> {
+        let mut options = Self::default();
+        let mut arguments = arguments.into_iter();
+        while let Some(argument) = arguments.next() {
+            let variable = match argument.as_str() {
+                "--host" => "SOFTEFA_HOST",
+                "--topology" => "SOFTEFA_TOPOLOGY",
+                "--devices" => "SOFTEFA_DEVICES",
+                "--dir" => "SOFTEFA_DIR",
+                "--control" => "SOFTEFA_CONTROL",
+                "--seed" => "SOFTEFA_SEED",
+                "--trace" => {
+                    options.set.push(("SOFTEFA_TRACE", "1".to_owned()));
+                    continue;
+                }
+                "--hwloc" => {
+                    options.with_hwloc = true;
+                    continue;
+                }
+                "--help" => return Err(format!("\n{USAGE}known types: {}\n", topology::known_names())),
+                "--" | "counters" | "trace" => {
+                    options.rest = std::iter::once(argument).chain(arguments).collect();
+                    break;
+                }
+                _ => return Err(format!("unknown {argument}\n{USAGE}")),
+            };
+            let value = arguments.next().ok_or_else(|| format!("{argument} needs a value\n"))?;
+            options.set.push((variable, value));
         }
-        Some(word) => Err(format!("what about {word}?\n{USAGE}")),
-        None => {
-            for (name, value) in variables(&config, with_hwloc)? {
+        Ok(options)
+    }
+
+    fn config(&self) -> Result<Config, String> {
+        let given =
+            |name: &str| self.set.iter().rev().find(|(key, _)| *key == name).map(|(_, value)| value.clone());
+        Config::from_variables(|name| given(name).or_else(|| env::var(name).ok()))
+            .map_err(|error| format!("{error}\n"))
+    }
+}
+
+fn run(arguments: Vec<String>) -> Result<(), String> {
+    let options = Options::parse(arguments)?;
+    let rest: Vec<&str> = options.rest.iter().map(String::as_str).collect();
+    match rest.as_slice() {
+        ["trace", file] => {
+            print!("{}", trace::dump(Path::new(file)).map_err(|error| format!("{file}: {error}\n"))?);
+        }
+        ["counters"] => print_counters(&options.config()?),
+        [] => {
+            for (name, value) in variables(&options.config()?, options.with_hwloc)? {
                 println!("export {name}='{}'", value.replace('\'', r"'\''"));
             }
-            Ok(())
         }
+        ["--", command, arguments @ ..] => {
+            let variables = variables(&options.config()?, options.with_hwloc)?;
+            let error = Command::new(command).args(arguments).envs(variables).exec();
+            return Err(format!("{command}: {error}\n"));
+        }
+        _ => return Err(format!("cannot {}\n{USAGE}", rest.join(" "))),
     }
+    Ok(())
 }
 
 /// Everything that a program of this host needs; writes the files that it will look for.
@@ -125,12 +137,11 @@ fn variables(config: &Config, with_hwloc: bool) -> Result<Vec<(String, String)>,
     Ok(variables.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
 }
 
-fn counters(config: &Config) -> Result<(), String> {
+fn print_counters(config: &Config) {
     for device in &config.devices {
         let Ok(table) = softefa::shm::device::open(&config.dir, &device.gid) else { continue };
         for (name, value) in table.counters.all() {
             println!("{} {name} {value}", device.name);
         }
     }
-    Ok(())
 }

@@ -54,14 +54,23 @@ impl House {
 
     /// Writes the counters that changed where a host's tools look for them.
     fn write_counters(&mut self, engine: &Engine) {
-        let now: Vec<(usize, Vec<_>)> =
-            engine.lock().devices.iter().map(|(index, device)| (*index, device.table.counters.all())).collect();
+        let now: Vec<(usize, Vec<_>)> = engine
+            .lock()
+            .devices
+            .iter()
+            .map(|(index, device)| (*index, device.table.counters.all()))
+            .collect();
         for (index, values) in now {
             if self.counters.len() <= index {
                 self.counters.resize(index + 1, Vec::new());
             }
             if self.counters[index] != values {
-                sysfs::write_counters(engine.config, &engine.config.devices[index], &values, &self.counters[index]);
+                sysfs::write_counters(
+                    engine.config,
+                    &engine.config.devices[index],
+                    &values,
+                    &self.counters[index],
+                );
                 self.counters[index] = values;
             }
         }

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::source::Flight;
+use crate::shm::Mapping;
 use crate::shm::channel::{self, Channel, Message, SLOTS_MAX};
 use crate::shm::mailbox::{self, Mailbox};
 use crate::shm::process::ProcessId;
-use crate::shm::Mapping;
 
 /// How long to wait for a peer that is reading the memory of an operation which ends here. Reading takes
 /// microseconds; only a peer stopped in between takes longer.
@@ -105,6 +105,7 @@ impl Link {
         !self.stalled.is_empty() || !self.backlog.is_empty()
     }
 
+    #[expect(clippy::vec_box, reason = "an operation carries inline bytes whose address its target has")]
     /// Ends the operations that `which` picks; the peer no longer reads their memory when this returns.
     pub fn drop_flights(&mut self, which: impl Fn(&Flight) -> bool) -> Vec<Box<Flight>> {
         let mut dropped = Vec::new();
@@ -114,7 +115,8 @@ impl Link {
                 self.close(slot as u32);
             }
         }
-        let (out, kept) = std::mem::take(&mut self.stalled).into_iter().partition::<VecDeque<_>, _>(|flight| which(flight));
+        let (out, kept) =
+            std::mem::take(&mut self.stalled).into_iter().partition::<VecDeque<_>, _>(|flight| which(flight));
         self.stalled = kept;
         dropped.extend(out);
         dropped

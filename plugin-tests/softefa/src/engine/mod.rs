@@ -4,8 +4,8 @@
 //! beside them; a thread of its own drives it when nobody does, keeps time, reads the control file, writes the
 //! counter files and looks after peers. [`source`] is the sender's half of an operation, [`target`] the receiver's.
 
-mod link;
 mod house;
+mod link;
 pub mod source;
 pub mod state;
 pub mod target;
@@ -17,9 +17,9 @@ use std::time::Duration;
 use crate::config::Config;
 use crate::queue::qp::QueuePair;
 use crate::queue::work::WorkRequest;
+use crate::shm::Mapping;
 use crate::shm::mailbox::{self, Mailbox};
 use crate::shm::process::ProcessId;
-use crate::shm::Mapping;
 use crate::trace::now_ns;
 use state::State;
 
@@ -51,16 +51,42 @@ pub struct Engine {
     last_poll: AtomicU64,
 }
 
+/// The tables, held. What was put on the agenda meanwhile is known to the engine when this ends.
+pub struct Locked<'a> {
+    engine: &'a Engine,
+    state: MutexGuard<'a, State>,
+}
+
+impl std::ops::Deref for Locked<'_> {
+    type Target = State;
+
+    fn deref(&self) -> &State {
+        &self.state
+    }
+}
+
+impl std::ops::DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut State {
+        &mut self.state
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        self.engine.next_due.store(self.state.next_due(), Ordering::SeqCst);
+    }
+}
+
 impl Engine {
     /// The engine of this process, started when first asked for. `None` when the configuration is bad or the
     /// network's directory cannot be used; the reason was said on stderr.
     pub fn get() -> Option<&'static Self> {
         static ENGINE: OnceLock<Option<Engine>> = OnceLock::new();
+        static THREAD: OnceLock<()> = OnceLock::new();
         let engine = ENGINE.get_or_init(|| {
             let config = Config::get()?;
             Self::open(config).map_err(|error| eprintln!("softefa: {}: {error}", config.dir.display())).ok()
         });
-        static THREAD: OnceLock<()> = OnceLock::new();
         if let Some(engine) = engine {
             THREAD.get_or_init(|| engine.start_thread());
         }
@@ -89,8 +115,8 @@ impl Engine {
     }
 
     /// The tables, for verbs that look at them. Waits at most for the pieces of one drive.
-    pub fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn lock(&self) -> Locked<'_> {
+        Locked { engine: self, state: self.state.lock().unwrap_or_else(PoisonError::into_inner) }
     }
 
     /// Hands over what a caller posted, and starts on it.

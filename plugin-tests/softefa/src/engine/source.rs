@@ -225,7 +225,8 @@ impl State {
     /// Sends an operation on its way.
     pub(super) fn transmit(&mut self, flight: Box<Flight>) {
         let op = flight.request.op;
-        let effects = self.effects(&flight.source, &flight.destination, op, flight.request.immediate.is_some());
+        let effects =
+            self.effects(&flight.source, &flight.destination, op, flight.request.immediate.is_some());
         flight.note(Trace::Send, Status::OK);
         if let Some(counters) = self.counters_of(&flight) {
             let bytes = if op == Op::Read { 0 } else { flight.length };
@@ -353,7 +354,8 @@ impl State {
             count_end(counters, flight.request.op, flight.length, status);
         }
         let op = flight.request.op;
-        let effects = self.effects(&flight.source, &flight.destination, op, flight.request.immediate.is_some());
+        let effects =
+            self.effects(&flight.source, &flight.destination, op, flight.request.immediate.is_some());
         let mut dice = flight.dice(self.seed(), Purpose::Acknowledge);
         let mut wait_us = flight.ack_delay_us;
         if dice.percent(effects.hold_pct) {
@@ -396,7 +398,9 @@ impl State {
 fn count_end(counters: &Counters, op: Op, length: u64, status: Status) {
     let (requests, bytes, errors) = match op {
         Op::Send => (&counters.send_wrs, &counters.send_bytes, None),
-        Op::Write => (&counters.rdma_write_wrs, &counters.rdma_write_bytes, Some(&counters.rdma_write_wr_err)),
+        Op::Write => {
+            (&counters.rdma_write_wrs, &counters.rdma_write_bytes, Some(&counters.rdma_write_wr_err))
+        }
         Op::Read => (&counters.rdma_read_wrs, &counters.rdma_read_bytes, Some(&counters.rdma_read_wr_err)),
     };
     if status == Status::OK {

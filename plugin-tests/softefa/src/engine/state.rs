@@ -15,10 +15,10 @@ use crate::control::{Control, Dice, Effects};
 use crate::memory::{AddressHandles, Registrations};
 use crate::queue::cq::Completion;
 use crate::queue::qp::QueuePair;
+use crate::shm::Mapping;
 use crate::shm::device::{self, DeviceTable};
 use crate::shm::mailbox::Mailbox;
 use crate::shm::process::ProcessId;
-use crate::shm::Mapping;
 use crate::status::Op;
 use crate::trace::now_ns;
 
@@ -85,6 +85,7 @@ pub struct State {
     pub(super) arrivals: VecDeque<Arrival>,
     pub(super) transfers: Vec<Transfer>,
     /// Operations that wait for an answer that will not come.
+    #[expect(clippy::vec_box, reason = "an operation carries inline bytes whose address its target has")]
     pub(super) lost: Vec<Box<Flight>>,
     /// Devices that have answered this process once.
     pub(super) responsive: HashSet<[u8; 16]>,
@@ -100,7 +101,8 @@ pub struct State {
 impl State {
     /// Empty tables.
     pub fn new(config: &'static Config, me: ProcessId, mailbox: Arc<Mapping<Mailbox>>) -> Self {
-        let by_gid = config.devices.iter().enumerate().map(|(index, device)| (device.gid.raw, index)).collect();
+        let by_gid =
+            config.devices.iter().enumerate().map(|(index, device)| (device.gid.raw, index)).collect();
         Self {
             config,
             me,
@@ -190,14 +192,21 @@ impl State {
     /// A new control file.
     pub(super) fn set_control(&mut self, control: Control) {
         if control.seed != self.control.seed {
-            self.dice = Dice::new(control.seed.unwrap_or(self.config.seed), &ibv_gid { raw: [0; 16] }, 0, 0, 0);
+            self.dice =
+                Dice::new(control.seed.unwrap_or(self.config.seed), &ibv_gid { raw: [0; 16] }, 0, 0, 0);
         }
         self.control = control;
         self.matches.clear();
         self.buckets.clear();
     }
 
-    pub(super) fn effects(&self, source: &ibv_gid, destination: &ibv_gid, op: Op, immediate: bool) -> Effects {
+    pub(super) fn effects(
+        &self,
+        source: &ibv_gid,
+        destination: &ibv_gid,
+        op: Op,
+        immediate: bool,
+    ) -> Effects {
         self.control.effects(source, destination, op, immediate)
     }
 

@@ -31,9 +31,14 @@ pub struct Arrival {
 }
 
 /// What a transfer is for.
-enum Purse {
+enum Errand {
     /// Somebody's send or write, coming in.
-    Incoming { message: Message, channel: Arc<Mapping<Channel>>, qp: Arc<QueuePair>, receive: Option<Receive> },
+    Incoming {
+        message: Message,
+        channel: Arc<Mapping<Channel>>,
+        qp: Arc<QueuePair>,
+        receive: Option<Receive>,
+    },
     /// The data of an own read.
     Fetched(Box<Flight>),
 }
@@ -47,7 +52,7 @@ pub struct Transfer {
     /// Pieces still to come; the last one is next.
     pieces: Vec<u64>,
     shuffle: bool,
-    purse: Purse,
+    errand: Errand,
 }
 
 enum Stop {
@@ -58,7 +63,14 @@ enum Stop {
 }
 
 impl Transfer {
-    fn new(peer: ProcessId, from: Vec<Span>, to: Vec<Span>, effects: &Effects, mut dice: Dice, purse: Purse) -> Self {
+    fn new(
+        peer: ProcessId,
+        from: Vec<Span>,
+        to: Vec<Span>,
+        effects: &Effects,
+        mut dice: Dice,
+        errand: Errand,
+    ) -> Self {
         let length: u64 = from.iter().map(|span| span.length).sum();
         let wanted = length.div_ceil(u64::from(effects.pieces));
         let piece_bytes = wanted.clamp(PIECE_BYTES_MIN, PIECE_BYTES_MAX);
@@ -68,7 +80,7 @@ impl Transfer {
                 pieces.swap(last, dice.below(last as u64 + 1) as usize);
             }
         }
-        Self { peer, from, to, piece_bytes, pieces, shuffle: effects.shuffle, purse }
+        Self { peer, from, to, piece_bytes, pieces, shuffle: effects.shuffle, errand }
     }
 
     /// The data of a read that the target granted.
@@ -80,13 +92,13 @@ impl Transfer {
         effects: &Effects,
         dice: Dice,
     ) -> Self {
-        Self::new(peer, vec![from], to, effects, dice, Purse::Fetched(flight))
+        Self::new(peer, vec![from], to, effects, dice, Errand::Fetched(flight))
     }
 
     fn qp(&self) -> &Arc<QueuePair> {
-        match &self.purse {
-            Purse::Incoming { qp, .. } => qp,
-            Purse::Fetched(flight) => &flight.qp,
+        match &self.errand {
+            Errand::Incoming { qp, .. } => qp,
+            Errand::Fetched(flight) => &flight.qp,
         }
     }
 
@@ -96,8 +108,8 @@ impl Transfer {
         let skip = piece * self.piece_bytes;
         let from = copy::part(&self.from, skip, self.piece_bytes);
         let to = copy::part(&self.to, skip, self.piece_bytes);
-        let copied = match &self.purse {
-            Purse::Incoming { message, channel, .. } => {
+        let copied = match &self.errand {
+            Errand::Incoming { message, channel, .. } => {
                 if !channel.claim(message.slot, message.generation) {
                     return Err(Stop::Abandoned);
                 }
@@ -105,11 +117,12 @@ impl Transfer {
                 channel.unclaim(message.slot, message.generation);
                 copied
             }
-            Purse::Fetched(_) => copy::pull(self.peer, &from, &to),
+            Errand::Fetched(_) => copy::pull(self.peer, &from, &to),
         };
-        self.qp().note(Trace::Piece, Record { extra: skip as u32, length: self.piece_bytes, ..Record::default() });
+        self.qp()
+            .note(Trace::Piece, Record { extra: skip as u32, length: self.piece_bytes, ..Record::default() });
         copied.map_err(|error| match error.raw_os_error() {
-            Some(libc::ESRCH) if matches!(self.purse, Purse::Incoming { .. }) => Stop::Abandoned,
+            Some(libc::ESRCH) if matches!(self.errand, Errand::Incoming { .. }) => Stop::Abandoned,
             Some(libc::ESRCH) => Stop::Refused(Status::REMOTE_BAD_QPN),
             Some(libc::EPERM) => {
                 eprintln!(
@@ -294,9 +307,9 @@ impl State {
     ) {
         let Some(channel) = self.links.get(&peer).and_then(|link| link.incoming.clone()) else { return };
         let from = message.spans.iter().copied().filter(|span| span.length > 0).collect();
-        let purse = Purse::Incoming { message: *message, channel, qp: Arc::clone(qp), receive };
+        let errand = Errand::Incoming { message: *message, channel, qp: Arc::clone(qp), receive };
         let dice = message_dice(message, self.seed(), Purpose::Pieces);
-        self.transfers.push(Transfer::new(peer, from, to, effects, dice, purse));
+        self.transfers.push(Transfer::new(peer, from, to, effects, dice, errand));
     }
 
     /// Moves up to `limit` pieces of what is on its way in.
@@ -327,20 +340,25 @@ impl State {
 
     fn take_transfer(&mut self, index: usize) -> Transfer {
         // Without shuffling the order is a promise.
-        if self.transfers[index].shuffle { self.transfers.swap_remove(index) } else { self.transfers.remove(index) }
+        if self.transfers[index].shuffle {
+            self.transfers.swap_remove(index)
+        } else {
+            self.transfers.remove(index)
+        }
     }
 
     /// Memory may have been deregistered since the last piece; then not another byte may be written.
     fn still_allowed(&self, transfer: &Transfer) -> Result<(), Stop> {
-        match &transfer.purse {
-            Purse::Incoming { message, qp, .. } if message.op == Op::Write as u8 => {
+        match &transfer.errand {
+            Errand::Incoming { message, qp, .. } if message.op == Op::Write as u8 => {
                 self.remote_span(message, qp, IBV_ACCESS_REMOTE_WRITE).map(|_| ()).map_err(Stop::Refused)
             }
-            Purse::Incoming { qp, receive, .. } => {
-                let spans = receive.as_ref().map_or(Some(Vec::new()), |receive| self.receive_spans(qp, receive));
+            Errand::Incoming { qp, receive, .. } => {
+                let spans =
+                    receive.as_ref().map_or(Some(Vec::new()), |receive| self.receive_spans(qp, receive));
                 spans.map(|_| ()).ok_or(Stop::Refused(Status::REMOTE_BAD_LENGTH))
             }
-            Purse::Fetched(flight) => {
+            Errand::Fetched(flight) => {
                 let device = self.devices.get(&flight.qp.attributes.device).ok_or(Stop::Abandoned)?;
                 let sges = &flight.request.sges[..flight.request.sge_count];
                 let pd = flight.qp.attributes.pd;
@@ -355,19 +373,19 @@ impl State {
 
     /// All pieces are here.
     fn landed(&mut self, transfer: Transfer) {
-        match transfer.purse {
-            Purse::Fetched(flight) => {
+        match transfer.errand {
+            Errand::Fetched(flight) => {
                 self.with_counters(&flight.qp, |counters| {
                     add(&counters.rx_pkts, packets(flight.length));
                     add(&counters.rx_bytes, flight.length);
                 });
                 self.finish(flight, Status::OK);
             }
-            Purse::Incoming { message, channel, qp, receive } => {
+            Errand::Incoming { message, channel, qp, receive } => {
                 // An operation without data was never claimed: is it still meant?
                 if transfer.from.is_empty() {
                     if !channel.claim(message.slot, message.generation) {
-                        self.broken_receive(&qp, receive);
+                        Self::broken_receive(&qp, receive);
                         return;
                     }
                     channel.unclaim(message.slot, message.generation);
@@ -394,19 +412,19 @@ impl State {
     }
 
     fn broken(&mut self, transfer: Transfer, stop: &Stop) {
-        match (transfer.purse, stop) {
-            (Purse::Fetched(flight), Stop::Refused(status)) => self.finish(flight, *status),
-            (Purse::Fetched(_), Stop::Abandoned) => {}
-            (Purse::Incoming { message, qp, receive, .. }, Stop::Refused(status)) => {
-                self.broken_receive(&qp, receive);
+        match (transfer.errand, stop) {
+            (Errand::Fetched(flight), Stop::Refused(status)) => self.finish(flight, *status),
+            (Errand::Fetched(_), Stop::Abandoned) => {}
+            (Errand::Incoming { message, qp, receive, .. }, Stop::Refused(status)) => {
+                Self::broken_receive(&qp, receive);
                 self.refuse(transfer.peer, &message, *status);
             }
-            (Purse::Incoming { qp, receive, .. }, Stop::Abandoned) => self.broken_receive(&qp, receive),
+            (Errand::Incoming { qp, receive, .. }, Stop::Abandoned) => Self::broken_receive(&qp, receive),
         }
     }
 
     /// A receive whose message stayed away waits for the next one.
-    fn broken_receive(&mut self, qp: &QueuePair, receive: Option<Receive>) {
+    fn broken_receive(qp: &QueuePair, receive: Option<Receive>) {
         if let Some(receive) = receive {
             qp.return_receive(receive);
         }
@@ -477,7 +495,7 @@ impl State {
             .partition::<Vec<_>, _>(|transfer| Arc::ptr_eq(transfer.qp(), qp));
         self.transfers = kept;
         for transfer in dropped {
-            if let Purse::Incoming { message, .. } = transfer.purse {
+            if let Errand::Incoming { message, .. } = transfer.errand {
                 self.refuse(transfer.peer, &message, Status::REMOTE_BAD_QPN);
             }
         }
@@ -486,9 +504,10 @@ impl State {
 
     /// A process is gone: what it sent is forgotten, what it was sent fails.
     pub(super) fn peer_gone(&mut self, peer: ProcessId) {
-        let (broken, kept) = std::mem::take(&mut self.transfers)
-            .into_iter()
-            .partition::<Vec<_>, _>(|transfer| transfer.peer == peer && matches!(transfer.purse, Purse::Incoming { .. }));
+        let (broken, kept) =
+            std::mem::take(&mut self.transfers).into_iter().partition::<Vec<_>, _>(|transfer| {
+                transfer.peer == peer && matches!(transfer.errand, Errand::Incoming { .. })
+            });
         self.transfers = kept;
         for transfer in broken {
             self.broken(transfer, &Stop::Abandoned);

@@ -40,12 +40,20 @@ pub unsafe extern "C" fn softefa_efadv_query_device(
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn softefa_efadv_get_max_sq_depth(_context: *mut v::ibv_context, _attr: *mut c_void, _len: u32) -> c_int {
+pub extern "C" fn softefa_efadv_get_max_sq_depth(
+    _context: *mut v::ibv_context,
+    _attr: *mut c_void,
+    _len: u32,
+) -> c_int {
     SEND_MAX as c_int
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn softefa_efadv_get_max_rq_depth(_context: *mut v::ibv_context, _attr: *mut c_void, _len: u32) -> c_int {
+pub extern "C" fn softefa_efadv_get_max_rq_depth(
+    _context: *mut v::ibv_context,
+    _attr: *mut c_void,
+    _len: u32,
+) -> c_int {
     (RECEIVE_MAX / RECEIVE_SGE_MAX as u32) as c_int
 }
 

@@ -74,9 +74,18 @@ pub unsafe extern "C" fn softefa_ibv_reg_mr_iova2(
         Registration { pd: pd_number, address: address as u64, iova, length: length as u64, access };
     let key = engine.lock().device(index).and_then(|device| device.registrations.insert(registration));
     let Some(key) = key else { return fail(libc::ENOMEM) };
-    let record = Record { device: index as u16, id: iova, length: length as u64, extra: key, ..Record::default() };
+    let record =
+        Record { device: index as u16, id: iova, length: length as u64, extra: key, ..Record::default() };
     trace::note(Event::Register, record);
-    Box::into_raw(Box::new(v::ibv_mr { context, pd, addr: address, length, handle: key, lkey: key, rkey: key }))
+    Box::into_raw(Box::new(v::ibv_mr {
+        context,
+        pd,
+        addr: address,
+        length,
+        handle: key,
+        lkey: key,
+        rkey: key,
+    }))
 }
 
 /// Not offered: there is no memory of another kind yet.
@@ -109,7 +118,10 @@ pub unsafe extern "C" fn softefa_ibv_dereg_mr(mr: *mut v::ibv_mr) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn softefa_ibv_create_ah(pd: *mut v::ibv_pd, attr: *mut v::ibv_ah_attr) -> *mut v::ibv_ah {
+pub unsafe extern "C" fn softefa_ibv_create_ah(
+    pd: *mut v::ibv_pd,
+    attr: *mut v::ibv_ah_attr,
+) -> *mut v::ibv_ah {
     let Some(engine) = Engine::get() else { return fail(libc::ENODEV) };
     // SAFETY: the caller's objects.
     let (context, gid) = unsafe { ((*pd).context, (*attr).dgid) };
@@ -133,7 +145,11 @@ pub unsafe extern "C" fn softefa_ibv_destroy_ah(ah: *mut v::ibv_ah) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn softefa_efadv_query_ah(ah: *mut v::ibv_ah, attr: *mut efadv_ah_attr, length: u32) -> c_int {
+pub unsafe extern "C" fn softefa_efadv_query_ah(
+    ah: *mut v::ibv_ah,
+    attr: *mut efadv_ah_attr,
+    length: u32,
+) -> c_int {
     // SAFETY: the caller's object.
     let ahn = unsafe { (*ah.cast::<AddressHandle>()).number };
     let answer = efadv_ah_attr { comp_mask: 0, ahn, reserved: [0; 6] };

@@ -37,7 +37,12 @@ unsafe fn inner<'a, T>(pair: *mut T) -> &'a Arc<QueuePair> {
 }
 
 /// Makes an SRD queue pair.
-unsafe fn create(context: *mut v::ibv_context, attr: &v::ibv_qp_init_attr_ex, pd: *mut v::ibv_pd, unsolicited: bool) -> *mut v::ibv_qp {
+unsafe fn create(
+    context: *mut v::ibv_context,
+    attr: &v::ibv_qp_init_attr_ex,
+    pd: *mut v::ibv_pd,
+    unsolicited: bool,
+) -> *mut v::ibv_qp {
     let Some(engine) = Engine::get() else { return fail(libc::ENODEV) };
     if attr.cap.max_send_wr > SEND_MAX || attr.cap.max_recv_wr > RECEIVE_MAX {
         return fail(libc::EINVAL);
@@ -164,7 +169,11 @@ pub unsafe extern "C" fn softefa_efadv_qp_from_ibv_qp_ex(qp: *mut v::ibv_qp_ex) 
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn softefa_ibv_modify_qp(pair: *mut v::ibv_qp, attr: *mut v::ibv_qp_attr, mask: c_int) -> c_int {
+pub unsafe extern "C" fn softefa_ibv_modify_qp(
+    pair: *mut v::ibv_qp,
+    attr: *mut v::ibv_qp_attr,
+    mask: c_int,
+) -> c_int {
     // SAFETY: the caller's objects; modifying is not done by two threads at once.
     let (qp, attr) = unsafe { (inner(pair), &*attr) };
     if mask & v::IBV_QP_QKEY != 0 {
@@ -199,7 +208,11 @@ pub unsafe extern "C" fn softefa_ibv_destroy_qp(pair: *mut v::ibv_qp) -> c_int {
 }
 
 /// The plain way of posting, which no EFA program uses.
-pub(super) unsafe extern "C" fn post_send(_qp: *mut v::ibv_qp, wr: *mut c_void, bad: *mut *mut c_void) -> c_int {
+pub(super) unsafe extern "C" fn post_send(
+    _qp: *mut v::ibv_qp,
+    wr: *mut c_void,
+    bad: *mut *mut c_void,
+) -> c_int {
     // SAFETY: the caller's pointer.
     unsafe { bad.write(wr) };
     libc::EOPNOTSUPP
@@ -225,7 +238,10 @@ pub(super) unsafe extern "C" fn post_recv(
                 // SAFETY: the caller's array has `num_sge` elements.
                 *sge = unsafe { *wr.sg_list.add(index) };
             }
-            qp.note(Event::PostRecv, Record { id: receive.id, length: receive.length(), ..Record::default() });
+            qp.note(
+                Event::PostRecv,
+                Record { id: receive.id, length: receive.length(), ..Record::default() },
+            );
             if qp.post_receive(receive) { 0 } else { libc::ENOMEM }
         };
         if result != 0 {
@@ -376,7 +392,11 @@ unsafe extern "C" fn wr_set_inline_data(pair: *mut v::ibv_qp_ex, address: *mut c
     unsafe { wr_set_inline_data_list(pair, 1, &raw const buffer) };
 }
 
-unsafe extern "C" fn wr_set_inline_data_list(pair: *mut v::ibv_qp_ex, count: size_t, list: *const v::ibv_data_buf) {
+unsafe extern "C" fn wr_set_inline_data_list(
+    pair: *mut v::ibv_qp_ex,
+    count: size_t,
+    list: *const v::ibv_data_buf,
+) {
     let fill = |request: &mut WorkRequest| {
         let (mut bytes, mut filled) = ([0_u8; INLINE_BYTES_MAX], 0);
         for index in 0..count {

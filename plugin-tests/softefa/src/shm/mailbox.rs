@@ -27,7 +27,8 @@ unsafe impl Shared for Mailbox {}
 impl Mailbox {
     /// A sender makes itself known. False when the table is full.
     pub fn register(&self, sender: ProcessId) -> bool {
-        let free = |slot: &AtomicU64| slot.compare_exchange(0, sender.raw(), Ordering::AcqRel, Ordering::Relaxed);
+        let free =
+            |slot: &AtomicU64| slot.compare_exchange(0, sender.raw(), Ordering::AcqRel, Ordering::Relaxed);
         let done = self.senders.iter().any(|slot| free(slot).is_ok());
         self.registrations.fetch_add(1, Ordering::AcqRel);
         done
@@ -74,7 +75,8 @@ impl Mailbox {
     pub fn wait(&self, seen: u32, limit: Duration, wakeable: bool) {
         self.asleep.store(u32::from(wakeable), Ordering::SeqCst);
         fence(Ordering::SeqCst);
-        let time = libc::timespec { tv_sec: limit.as_secs() as i64, tv_nsec: i64::from(limit.subsec_nanos()) };
+        let time =
+            libc::timespec { tv_sec: limit.as_secs() as i64, tv_nsec: i64::from(limit.subsec_nanos()) };
         let word: *const u32 = self.bell.as_ptr();
         // SAFETY: the word is in a shared mapping that outlives the call, the time is on this stack. The kernel
         // compares the word with `seen` before it sleeps, so a ring in between is not lost.

@@ -51,7 +51,13 @@ impl<T: Shared> Mapping<T> {
 
     fn map(path: &Path, create: bool) -> io::Result<Self> {
         let size = size_of::<T>();
-        let file = OpenOptions::new().read(true).write(true).create(create).truncate(false).mode(0o666).open(path)?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(create)
+            .truncate(false)
+            .mode(0o666)
+            .open(path)?;
         if file.metadata()?.len() < size as u64 {
             if !create {
                 return Err(io::ErrorKind::UnexpectedEof.into());
@@ -60,8 +66,9 @@ impl<T: Shared> Mapping<T> {
         }
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a fresh mapping at an address of the kernel's choice; the length is the type's and the file has it.
-        let at =
-            unsafe { libc::mmap(std::ptr::null_mut(), size, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+        let at = unsafe {
+            libc::mmap(std::ptr::null_mut(), size, protection, libc::MAP_SHARED, file.as_raw_fd(), 0)
+        };
         if at == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }

@@ -14,7 +14,8 @@ impl ProcessId {
     /// This process.
     pub fn current() -> Self {
         let pid = std::process::id();
-        let start = fs::read_to_string("/proc/self/stat").ok().and_then(|stat| parse(&stat)).map_or(0, |stat| stat.1);
+        let start =
+            fs::read_to_string("/proc/self/stat").ok().and_then(|stat| parse(&stat)).map_or(0, |stat| stat.1);
         Self::new(pid, start)
     }
 
@@ -49,9 +50,7 @@ impl ProcessId {
 /// State and start time from `/proc/<pid>/stat`; the command name, in parentheses, may contain anything.
 fn parse(stat: &str) -> Option<(char, u64)> {
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-    let state = fields.next()?.chars().next()?;
-    let start = fields.nth(18)?.parse().ok()?;
-    Some((state, start))
+    Some((fields.next()?.chars().next()?, fields.nth(18)?.parse().ok()?))
 }
 
 impl fmt::Display for ProcessId {

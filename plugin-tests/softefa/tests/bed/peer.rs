@@ -1,0 +1,241 @@
+//! One end of a test: does what it reads from its input, a command a line, and answers each with a line after `> `.
+//!
+//! ```text
+//! open DEVICE FABRIC            -> ok NAME-IN-HEX
+//! connect NAME-IN-HEX           -> ok
+//! buffer LENGTH                 -> ok KEY BASE              buffers and peers are numbered from 0
+//! fill BUFFER SEED              -> ok
+//! check BUFFER OFFSET LENGTH SEED  -> ok | differs at N
+//! send PEER BUFFER OFFSET LENGTH IMM|-
+//! write PEER BUFFER OFFSET LENGTH KEY ADDRESS IMM|-
+//! read PEER BUFFER OFFSET LENGTH KEY ADDRESS       -> ok     all three when posted
+//! recv BUFFER OFFSET LENGTH     -> ok
+//! wait SENT ARRIVED MS          -> ok SENT ARRIVED what has completed since the last wait, each as
+//!                                  `t:PROVIDER-ERROR` or `r:IMM:LENGTH:PROVIDER-ERROR`
+//! sleep MS                      -> ok | slept   blocks on the queue's descriptor until something arrives
+//! ```
+
+use std::fmt::Write as _;
+use std::io::{BufRead, Write as _};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nixl_libfabric::fabric::{
+    Completion, Domain, Endpoint, EndpointOptions, Fabric, FabricError, FiAddr, Libfabric, Posted, Query,
+    Recv, RegisteredBuffer, Rma, RmaFlags, Send,
+};
+
+/// Operations in flight at a time.
+const CONTEXTS: u32 = 4096;
+/// How long a post is tried.
+const POST_MAX: Duration = Duration::from_secs(20);
+
+struct Side {
+    endpoint: Endpoint,
+    buffers: Vec<RegisteredBuffer>,
+    domain: Arc<Domain>,
+    peers: Vec<FiAddr>,
+    done: Vec<Completion>,
+    next_context: u32,
+}
+
+type Answer = Result<String, String>;
+
+/// Answers until the input ends.
+pub fn run() {
+    let mut side = None;
+    for line in std::io::stdin().lock().lines() {
+        let line = line.expect("input");
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let answer = match (words.as_slice(), &mut side) {
+            (["open", device, fabric], none) => open(device, fabric).map(|(new, name)| {
+                *none = Some(new);
+                name
+            }),
+            (words, Some(side)) => side.command(words),
+            _ => Err("open first".to_owned()),
+        };
+        let answer = answer.map_or_else(|error| format!("error {error}"), |text| format!("ok {text}"));
+        let mut out = std::io::stdout().lock();
+        writeln!(out, "> {}", answer.replace('\n', " ")).expect("output");
+        out.flush().expect("output");
+    }
+}
+
+fn text(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+fn number(word: &str) -> Result<u64, String> {
+    word.parse().map_err(|_| format!("{word} is no number"))
+}
+
+fn open(device: &str, fabric: &str) -> Result<(Side, String), String> {
+    let path = std::env::var_os("PEER_LIBFABRIC");
+    let library = Libfabric::load(path.as_deref().map(std::path::Path::new)).map_err(text)?;
+    let query = Query { provider: Some("efa".into()), fabric: Some(fabric.into()), ..Query::default() };
+    let devices = library.discover(&query).map_err(text)?;
+    let device = devices.get(number(device)? as usize).ok_or(format!("{} devices", devices.len()))?;
+    let fabric = Fabric::open(&library, device).map_err(text)?;
+    let domain = Domain::open(&fabric, device).map_err(text)?;
+    let options = EndpointOptions { context_count: CONTEXTS, ..EndpointOptions::default() };
+    let endpoint = Endpoint::open(&domain, device, &options).map_err(text)?;
+    let name = endpoint.name().map_err(text)?.iter().fold(String::new(), |mut hex, byte| {
+        write!(hex, "{byte:02x}").expect("string");
+        hex
+    });
+    let (buffers, peers, done) = (Vec::new(), Vec::new(), Vec::new());
+    Ok((Side { endpoint, buffers, domain, peers, done, next_context: 0 }, name))
+}
+
+/// The byte that a buffer filled with `seed` has at `index`.
+fn byte(seed: u64, index: usize) -> u8 {
+    let mixed = (seed ^ index as u64 >> 3).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (mixed >> (8 * (index & 7))) as u8 ^ index as u8
+}
+
+impl Side {
+    fn command(&mut self, words: &[&str]) -> Answer {
+        match words {
+            ["connect", name] => {
+                let bytes = (0..name.len()).step_by(2).map(|at| u8::from_str_radix(&name[at..at + 2], 16));
+                let name: Vec<u8> = bytes.collect::<Result<_, _>>().map_err(text)?;
+                self.peers.push(self.endpoint.insert_address(&name).map_err(text)?);
+                Ok(String::new())
+            }
+            ["buffer", length] => {
+                let key = self.buffers.len() as u64;
+                let buffer =
+                    RegisteredBuffer::new(&self.domain, number(length)? as usize, key).map_err(text)?;
+                let answer = format!("{} {}", buffer.region().key(), buffer.region().remote_base());
+                self.buffers.push(buffer);
+                Ok(answer)
+            }
+            ["fill", buffer, seed] => {
+                let (buffer, seed) = (number(buffer)? as usize, number(seed)?);
+                let data: Vec<u8> = (0..self.buffers[buffer].len()).map(|index| byte(seed, index)).collect();
+                self.buffers[buffer].copy_in(0, &data);
+                Ok(String::new())
+            }
+            ["check", buffer, offset, length, seed] => {
+                let (offset, seed) = (number(offset)? as usize, number(seed)?);
+                let data = self.buffers[number(buffer)? as usize].copy_out(offset, number(length)? as usize);
+                match (0..data.len()).find(|index| data[*index] != byte(seed, offset + index)) {
+                    Some(index) => Ok(format!("differs at {}", offset + index)),
+                    None => Ok(String::new()),
+                }
+            }
+            ["recv", buffer, offset, length] => {
+                let (buffer, offset, len) =
+                    (number(buffer)? as usize, number(offset)? as usize, number(length)?);
+                self.post(|side, context| {
+                    let buffer = &side.buffers[buffer];
+                    side.endpoint.recv(&Recv { buffer, offset, len: len as usize, context })
+                })
+            }
+            ["send", peer, buffer, offset, length, imm] => {
+                let (buffer, offset, len) =
+                    (number(buffer)? as usize, number(offset)? as usize, number(length)?);
+                let (dest, imm) = (self.peers[number(peer)? as usize], imm.parse().ok());
+                self.post(|side, context| {
+                    let buffer = &side.buffers[buffer];
+                    side.endpoint.send(&Send { buffer, offset, len: len as usize, imm, dest, context })
+                })
+            }
+            ["write", peer, buffer, offset, length, key, address, imm] => {
+                self.rma(true, [peer, buffer, offset, length, key, address], imm.parse().ok())
+            }
+            ["read", peer, buffer, offset, length, key, address] => {
+                self.rma(false, [peer, buffer, offset, length, key, address], None)
+            }
+            ["wait", sent, arrived, limit] => {
+                self.wait(number(sent)? as usize, number(arrived)? as usize, number(limit)?)
+            }
+            ["sleep", limit] => self.sleep(number(limit)?),
+            _ => Err(format!("cannot {words:?}")),
+        }
+    }
+
+    fn rma(&mut self, write: bool, words: [&str; 6], imm: Option<u32>) -> Answer {
+        let mut numbers = [0; 6];
+        for (number_of, word) in numbers.iter_mut().zip(words) {
+            *number_of = number(word)?;
+        }
+        let [peer, buffer, offset, len, remote_key, remote_addr] = numbers;
+        let dest = self.peers[peer as usize];
+        self.post(|side, context| {
+            let buffer = &side.buffers[buffer as usize];
+            let rma = Rma {
+                local: buffer.region(),
+                local_addr: buffer.addr_of(offset as usize),
+                len: len as usize,
+                remote_addr,
+                remote_key,
+                dest,
+                imm,
+                context,
+                flags: RmaFlags::default(),
+            };
+            if write { side.endpoint.write(&rma) } else { side.endpoint.read(&rma) }
+        })
+    }
+
+    fn post(&mut self, post: impl Fn(&mut Self, u32) -> Result<Posted, FabricError>) -> Answer {
+        let context = self.next_context;
+        self.next_context = (context + 1) % CONTEXTS;
+        let start = Instant::now();
+        while post(self, context).map_err(text)? == Posted::Again {
+            self.endpoint.poll(&mut self.done).map_err(text)?;
+            if start.elapsed() > POST_MAX {
+                return Err("again and again".to_owned());
+            }
+        }
+        Ok(String::new())
+    }
+
+    fn wait(&mut self, sent: usize, arrived: usize, limit_ms: u64) -> Answer {
+        let start = Instant::now();
+        loop {
+            self.endpoint.poll(&mut self.done).map_err(text)?;
+            let ours = self.done.iter().filter(|done| is_ours(done)).count();
+            if ours >= sent && self.done.len() - ours >= arrived {
+                break;
+            }
+            if start.elapsed() > Duration::from_millis(limit_ms) {
+                break;
+            }
+        }
+        let done = std::mem::take(&mut self.done);
+        let ours = done.iter().filter(|done| is_ours(done)).count();
+        let mut answer = format!("{ours} {}", done.len() - ours);
+        for entry in &done {
+            let error = entry.error.as_ref().map_or(0, |error| error.prov_code);
+            if is_ours(entry) {
+                write!(answer, " t:{error}").expect("string");
+            } else {
+                let imm = entry.imm.map_or(-1, i64::from);
+                write!(answer, " r:{imm}:{}:{error}", entry.len).expect("string");
+            }
+        }
+        Ok(answer)
+    }
+
+    fn sleep(&mut self, limit_ms: u64) -> Answer {
+        let fd = self.endpoint.wait_fd().ok_or("no descriptor")?;
+        self.endpoint.poll(&mut self.done).map_err(text)?;
+        if !self.done.is_empty() || !self.endpoint.try_wait() {
+            return Ok(String::new());
+        }
+        let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        // SAFETY: one pollfd is passed; the descriptor is the endpoint's, which lives.
+        match unsafe { libc::poll(&raw mut poll, 1, limit_ms as i32) } {
+            1 => Ok("slept".to_owned()),
+            _ => Err("nothing woke the sleeper".to_owned()),
+        }
+    }
+}
+
+/// A failed operation without flags is one of ours as well: receives that fail say so.
+fn is_ours(done: &Completion) -> bool {
+    !done.is_recv() && !done.is_remote_write()
+}

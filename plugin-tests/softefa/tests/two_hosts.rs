@@ -1,0 +1,256 @@
+//! libfabric's real efa provider in processes on two software hosts: data, order, faults, deaths.
+
+mod bed;
+
+use bed::{Done, Peer, each};
+
+#[test]
+#[ignore = "one end of the other tests, which start it themselves"]
+fn peer() {
+    bed::peer::run();
+}
+
+const MIB: usize = 1 << 20;
+
+/// Completion statuses of the EFA device.
+const BAD_ADDRESS: i32 = 7;
+const BAD_QPN: i32 = 9;
+const UNREACHABLE: i32 = 15;
+
+/// Makes a handshake happen: the fabric efa exchanges one before it uses RDMA, and its packets would be counted in.
+fn warm_up(a: &mut Peer, b: &mut Peer) {
+    b.tell("wait 0 1 30000");
+    a.write(0, b, 0, 8, Some(1));
+    assert_eq!(a.wait(1, 0).sent, [0]);
+    assert_eq!(b.done().arrived.len(), 1);
+}
+
+#[test]
+fn every_byte_moves_and_counters_count() {
+    each(|network| {
+        let [mut a, mut b] = network.pair(8 * MIB, 128);
+        warm_up(&mut a, &mut b);
+        a.ask("fill 0 7");
+        for (index, length) in [1, 64, 4096, 8929, 100_000, 3 * MIB + 1].into_iter().enumerate() {
+            a.write(0, &b, 0, length, Some(index as u32));
+            b.tell("wait 0 1 30000");
+            assert_eq!(a.wait(1, 0).sent, [0]);
+            let arrived = b.done().arrived;
+            assert_eq!(arrived, [(index as i64, length, 0)], "{length}");
+            assert_eq!(b.ask(&format!("check 0 0 {length} 7")), "", "{length}");
+        }
+        b.ask("fill 0 9");
+        a.read(0, &b, 1, 5 * MIB);
+        b.tell("wait 0 1000 100");
+        assert_eq!(a.wait(1, 0).sent, [0]);
+        b.done();
+        assert_eq!(a.ask(&format!("check 0 1 {} 9", 5 * MIB)), "");
+        for _ in 0..8 {
+            a.ask("send 0 0 0 64 5");
+        }
+        b.tell("wait 0 8 30000");
+        assert_eq!(a.wait(8, 0).sent, [0; 8]);
+        assert_eq!(b.done().arrived, [(5, 64, 0); 8]);
+        assert!(network.counter("a", "rdma_write_bytes") > 3 * MIB as u64);
+        assert_eq!(network.counter("a", "rdma_read_bytes"), 5 * MIB as u64);
+        assert_eq!(network.counter("b", "rdma_read_resp_bytes"), 5 * MIB as u64);
+        assert!(network.counter("b", "recv_wrs") >= 8);
+    });
+}
+
+fn immediates(done: &Done) -> Vec<i64> {
+    done.arrived.iter().map(|(imm, _, _)| *imm).collect()
+}
+
+#[test]
+fn order_is_anything_unless_asked_for() {
+    each(|network| {
+        let count = 256;
+        for (control, ordered) in [("hold_pct=50 reorder_us=2000", false), ("hold_pct=0 shuffle=0", true)] {
+            let [mut a, mut b] = network.pair(4 * MIB, 512);
+            network.control(control);
+            warm_up(&mut a, &mut b);
+            a.ask("fill 0 3");
+            for index in 0..count {
+                a.write(0, &b, index * 16_384, 16_384, Some(index as u32));
+            }
+            b.tell(&format!("wait 0 {count} 30000"));
+            assert_eq!(a.wait(count, 0).sent, vec![0; count]);
+            let arrived = immediates(&b.done());
+            assert_eq!(arrived.is_sorted(), ordered, "{control}: {arrived:?}");
+            assert_eq!(b.ask(&format!("check 0 0 {} 3", count * 16_384)), "");
+        }
+    });
+}
+
+#[test]
+fn an_operation_fails_as_told() {
+    each(|network| {
+        let [mut a, mut b] = network.pair(MIB, 64);
+        warm_up(&mut a, &mut b);
+        network.control("src=a dst=b op=write nth=3 status=7");
+        for index in 0..5 {
+            a.write(0, &b, 0, 4096, Some(index));
+        }
+        b.tell("wait 0 4 30000");
+        let mut sent = a.wait(5, 0).sent;
+        sent.sort_unstable();
+        assert_eq!(sent, [0, 0, 0, 0, BAD_ADDRESS]);
+        let mut arrived = immediates(&b.done());
+        arrived.sort_unstable();
+        assert_eq!(arrived, [0, 1, 3, 4]);
+    });
+}
+
+#[test]
+fn a_wrong_key_is_refused_and_hurts_nobody_else() {
+    each(|network| {
+        let [mut a, mut b] = network.pair(MIB, 64);
+        warm_up(&mut a, &mut b);
+        let (key, base) = b.buffers[0];
+        a.ask(&format!("write 0 0 0 64 {} {base} -", key ^ 1));
+        a.ask(&format!("write 0 0 0 64 {key} {} -", base + MIB as u64 - 32));
+        a.write(0, &b, 0, 64, None);
+        let mut sent = a.wait(3, 0).sent;
+        sent.sort_unstable();
+        assert_eq!(sent, [0, BAD_ADDRESS, BAD_ADDRESS]);
+        assert_eq!(network.counter("a", "rdma_write_wr_err"), 2);
+    });
+}
+
+#[test]
+fn a_dropping_network_counts_what_it_swallows() {
+    each(|network| {
+        network.control("dst=b drop_pct=100 unreachable_ms=300");
+        let [mut a, b] = network.pair(MIB, 64);
+        // The fabric efa sends a handshake first and fails with that.
+        a.tell(&format!("write 0 0 0 64 {} {} -", b.buffers[0].0, b.buffers[0].1));
+        if network.direct() {
+            a.answer().expect("posted");
+            assert_eq!(a.wait(1, 0).sent, [UNREACHABLE]);
+        }
+        let start = std::time::Instant::now();
+        while network.counter("a", "tx_pkts") == 0 {
+            assert!(start.elapsed().as_millis() < u128::from(bed::PATIENCE_MS), "nothing was sent");
+            std::thread::yield_now();
+        }
+        assert_eq!(network.counter("b", "rx_pkts"), 0);
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        let path = "class/infiniband/rdmap79s0/ports/1/hw_counters";
+        assert_ne!(network.sysfs("a", &format!("{path}/tx_pkts")).trim(), "0");
+    });
+}
+
+#[test]
+fn nothing_reaches_oneself() {
+    each(|network| {
+        if !network.direct() {
+            return;
+        }
+        network.control("unreachable_ms=200");
+        let mut a = network.spawn("a");
+        a.open(0, &network.fabric);
+        a.buffer(4096);
+        a.connect_to_itself();
+        let (key, base) = a.buffers[0];
+        a.ask(&format!("write 0 0 0 64 {key} {} -", base + 64));
+        assert_eq!(a.wait(1, 0).sent, [UNREACHABLE]);
+        network.control("loopback=1");
+        a.ask(&format!("write 0 0 0 64 {key} {} -", base + 64));
+        assert_eq!(a.wait(1, 0).sent, [0]);
+    });
+}
+
+#[test]
+fn a_receiver_that_is_not_ready_gets_it_later() {
+    each(|network| {
+        if !network.direct() {
+            return;
+        }
+        let [mut a, mut b] = network.pair(4096, 0);
+        a.ask("send 0 0 0 64 9");
+        let done = b.wait_up_to(0, 1, 100);
+        assert!(done.arrived.is_empty());
+        assert!(network.counter("b", "rx_drops") > 0);
+        b.receives(1);
+        b.tell("wait 0 1 30000");
+        assert_eq!(a.wait(1, 0).sent, [0]);
+        assert_eq!(b.done().arrived, [(9, 64, 0)]);
+    });
+}
+
+#[test]
+fn a_killed_peer_fails_its_own_operations_and_its_successor_is_another() {
+    each(|network| {
+        let [mut a, mut b] = network.pair(8 * MIB, 64);
+        let mut c = network.spawn("c");
+        c.open(0, &network.fabric);
+        c.buffer(MIB);
+        c.receives(64);
+        a.connect(&c);
+        c.connect(&a);
+        warm_up(&mut a, &mut b);
+        for _ in 0..16 {
+            a.write(0, &b, 0, 8 * MIB, None);
+        }
+        b.signal(libc::SIGKILL);
+        // The fabric efa posts its own receives, and answers handshakes, only while it is polled.
+        c.tell("wait 0 4 30000");
+        for _ in 0..4 {
+            a.write(1, &c, 0, 4096, Some(3));
+        }
+        let sent = a.wait(20, 0).sent;
+        assert_eq!(c.done().arrived.len(), 4);
+        assert!(sent.iter().filter(|error| **error == 0).count() >= 4, "{sent:?}");
+        assert!(sent.iter().all(|error| [0, BAD_QPN, BAD_ADDRESS].contains(error)), "{sent:?}");
+        assert!(sent.contains(&BAD_QPN), "{sent:?}");
+        // The host lives on with a new process, whose queue pair has another number.
+        let mut successor = network.spawn("b");
+        successor.open(0, &network.fabric);
+        successor.buffer(8 * MIB);
+        successor.receives(64);
+        successor.connect(&a);
+        a.connect(&successor);
+        successor.tell("wait 0 1 30000");
+        a.write(2, &successor, 0, 4096, Some(8));
+        assert_eq!(a.wait(1, 0).sent, [0]);
+        assert_eq!(immediates(&successor.done()), [8]);
+    });
+}
+
+#[test]
+fn a_stopped_peer_delays_and_loses_nothing() {
+    each(|network| {
+        let [mut a, mut b] = network.pair(4 * MIB, 64);
+        warm_up(&mut a, &mut b);
+        a.ask("fill 0 4");
+        b.stop();
+        for index in 0..4 {
+            a.write(0, &b, index * MIB, MIB, Some(index as u32));
+        }
+        assert!(a.wait_up_to(1, 0, 100).sent.is_empty());
+        b.signal(libc::SIGCONT);
+        b.tell("wait 0 4 30000");
+        assert_eq!(a.wait(4, 0).sent, [0; 4]);
+        assert_eq!(b.done().arrived.len(), 4);
+        assert_eq!(b.ask(&format!("check 0 0 {} 4", 4 * MIB)), "");
+    });
+}
+
+#[test]
+fn a_sleeper_is_woken() {
+    each(|network| {
+        let [mut a, mut b] = network.pair(4096, 64);
+        b.tell("sleep 0");
+        if b.answer().is_err_and(|error| error.contains("no descriptor")) {
+            eprintln!("skipped: this libfabric's efa has no descriptor to sleep on");
+            return;
+        }
+        warm_up(&mut a, &mut b);
+        b.tell("sleep 30000");
+        a.write(0, &b, 0, 64, Some(2));
+        assert_eq!(a.wait(1, 0).sent, [0]);
+        b.answer().expect("woken");
+        assert_eq!(immediates(&b.wait(0, 1)), [2]);
+    });
+}
