@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
 
 use crate::config::{Config, Device};
@@ -46,17 +46,16 @@ pub fn create(config: &Config) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes the counters whose value is not that in `before`.
+/// Writes the counters whose value is not that in `before`. They only grow, so a new value covers the old one and a
+/// reader never sees a mixture.
 pub fn write_counters(config: &Config, device: &Device, now: &[(&str, u64)], before: &[(&str, u64)]) {
     let dir = ibdev_path(config, device).join("ports/1/hw_counters");
-    for (name, value) in now {
-        if !before.contains(&(name, *value)) {
-            // Rewritten by name so that a reader sees the old value or the new one.
-            let (path, next) = (dir.join(name), dir.join(format!(".{name}.{}", std::process::id())));
-            let written = fs::write(&next, format!("{value}\n")).and_then(|()| fs::rename(&next, &path));
-            if written.is_err() {
-                return;
-            }
+    for (name, value) in now.iter().filter(|value| !before.contains(value)) {
+        let file = fs::OpenOptions::new().write(true).create(true).truncate(false).open(dir.join(name));
+        let written = file.and_then(|file| file.write_all_at(format!("{value}\n").as_bytes(), 0));
+        if written.is_err() {
+            // The directory was removed: the network is over.
+            return;
         }
     }
 }
