@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 /// Where build.rs put the two thin libraries.
 const SHIMS: &str = env!("SOFTEFA_SHIM_DIR");
@@ -10,6 +11,9 @@ const SHIMS: &str = env!("SOFTEFA_SHIM_DIR");
 /// The directory with `libibverbs.so.1`, `libefa.so.1` and `libsoftefa.so`, made or refreshed beside the running
 /// program (a binary or test of this workspace).
 pub fn library_dir() -> io::Result<PathBuf> {
+    // Files on their way in are named by the process alone.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let program = std::env::current_exe()?;
     let beside = program.parent().unwrap_or(Path::new("."));
     let candidates = [beside.join("deps"), beside.to_owned()];

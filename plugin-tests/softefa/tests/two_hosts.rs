@@ -13,6 +13,7 @@ fn peer() {
 const MIB: usize = 1 << 20;
 
 /// Completion statuses of the EFA device.
+const FLUSHED: i32 = 1;
 const BAD_ADDRESS: i32 = 7;
 const BAD_QPN: i32 = 9;
 const UNREACHABLE: i32 = 15;
@@ -252,5 +253,107 @@ fn a_sleeper_is_woken() {
         assert_eq!(a.wait(1, 0).sent, [0]);
         b.answer().expect("woken");
         assert_eq!(immediates(&b.wait(0, 1)), [2]);
+    });
+}
+
+#[test]
+fn delay_and_bandwidth_hold_back() {
+    each(|network| {
+        let [mut a, mut b] = network.pair(4 * MIB, 64);
+        warm_up(&mut a, &mut b);
+        for (control, least_ms) in [("delay_us=60000", 60), ("src=a gbps=0.5", 4 * 8 * 2)] {
+            network.control(control);
+            let start = std::time::Instant::now();
+            for index in 0..4 {
+                a.write(0, &b, index * MIB, MIB, None);
+            }
+            assert_eq!(a.wait(4, 0).sent, [0; 4]);
+            assert!(start.elapsed().as_millis() >= least_ms, "{control}: {:?}", start.elapsed());
+        }
+    });
+}
+
+#[test]
+fn chance_repeats_with_its_seed() {
+    each(|network| {
+        if !network.direct() {
+            return;
+        }
+        let outcome = |seed: u64| {
+            let network = network.another();
+            let [mut a, mut b] = network.pair(MIB, 512);
+            network.control(&format!("seed={seed}\nop=write pct=30 status=7"));
+            for index in 0..200 {
+                a.write(0, &b, 0, 64, Some(index));
+            }
+            let failed = a.wait(200, 0).sent.iter().filter(|error| **error == BAD_ADDRESS).count();
+            let mut arrived = immediates(&b.wait(0, 200 - failed));
+            arrived.sort_unstable();
+            arrived
+        };
+        let first = outcome(5);
+        assert!((100..180).contains(&first.len()), "{}", first.len());
+        assert_eq!(first, outcome(5));
+        assert_ne!(first, outcome(6));
+    });
+}
+
+#[test]
+fn a_dead_device_flushes_and_does_not_answer() {
+    each(|network| {
+        if !network.direct() {
+            return;
+        }
+        let [mut a, mut b] = network.pair(MIB, 64);
+        warm_up(&mut a, &mut b);
+        network.control("unreachable_ms=200\nhost=a/rdmap79s0 dead=1");
+        a.write(0, &b, 0, 64, None);
+        assert_eq!(a.wait(1, 0).sent, [FLUSHED]);
+        b.write(0, &a, 0, 64, None);
+        assert_eq!(b.wait(1, 0).sent, [UNREACHABLE]);
+        network.control("");
+        a.write(0, &b, 0, 64, None);
+        assert_eq!(a.wait(1, 0).sent, [0]);
+    });
+}
+
+#[test]
+fn freed_memory_is_not_written() {
+    each(|network| {
+        let [mut a, mut b] = network.pair(8 * MIB, 64);
+        warm_up(&mut a, &mut b);
+        a.ask("fill 0 6");
+        for _ in 0..8 {
+            a.write(0, &b, 0, 8 * MIB, None);
+        }
+        b.ask("free 0");
+        // What the allocator gives next may be the same memory.
+        b.ask(&format!("buffer {}", 8 * MIB));
+        b.ask("fill 2 2");
+        b.tell("wait 0 1000 500");
+        let sent = a.wait(8, 0).sent;
+        b.done();
+        assert!(sent.iter().all(|error| [0, BAD_ADDRESS].contains(error)), "{sent:?}");
+        assert_eq!(b.ask(&format!("check 2 0 {} 2", 8 * MIB)), "");
+    });
+}
+
+#[test]
+fn a_trace_outlives_its_process() {
+    each(|network| {
+        let [mut a, mut b] = network.pair(MIB, 64);
+        warm_up(&mut a, &mut b);
+        a.signal(libc::SIGKILL);
+        let traces = network.traces("a");
+        let has = |event: &str, op: &str| {
+            let wanted = |line: &str| {
+                let words: Vec<_> = line.split_whitespace().collect();
+                words.len() == 11 && words[2] == event && words[3] == op
+            };
+            traces.iter().any(|trace| trace.lines().any(wanted))
+        };
+        for event in ["post", "transmit", "completion", "polled"] {
+            assert!(has(event, "write"), "{event}: {traces:?}");
+        }
     });
 }

@@ -73,6 +73,11 @@ impl Network {
         }
     }
 
+    /// An empty one of the same kind.
+    pub fn another(&self) -> Self {
+        Self::new(&self.library, &self.fabric)
+    }
+
     /// efa-direct hands every completion of the device through; efa has a protocol of its own above it.
     pub fn direct(&self) -> bool {
         self.fabric == "efa-direct"
@@ -100,7 +105,10 @@ impl Network {
             .env("SOFTEFA_DIR", &self.dir)
             .env("SOFTEFA_HOST", host)
             .env("SOFTEFA_DEVICES", "4")
+            .env("SOFTEFA_TRACE", "1")
             .env("FI_EFA_ENABLE_SHM_TRANSFER", "0")
+            // Registrations end when they are closed, not when a cache finds time.
+            .env("FI_EFA_MR_CACHE_ENABLE", "0")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -131,6 +139,14 @@ impl Network {
             table.counters.all().into_iter().find(|(key, _)| *key == name).map(|(_, value)| value)
         };
         devices.iter().filter_map(|(pci, _)| value(pci)).sum()
+    }
+
+    /// The traces of a host's processes.
+    pub fn traces(&self, host: &str) -> Vec<String> {
+        let prefix = format!("trace-{host}-");
+        let files = std::fs::read_dir(&self.dir).expect("directory").flatten();
+        let files = files.filter(|file| file.file_name().to_string_lossy().starts_with(&prefix));
+        files.map(|file| softefa::trace::dump(&file.path()).expect("trace")).collect()
     }
 
     /// A file of the host's sysfs.

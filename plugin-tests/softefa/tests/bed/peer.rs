@@ -4,6 +4,7 @@
 //! open DEVICE FABRIC            -> ok NAME-IN-HEX
 //! connect NAME-IN-HEX           -> ok
 //! buffer LENGTH                 -> ok KEY BASE              buffers and peers are numbered from 0
+//! free BUFFER                   -> ok      deregisters and frees it; a small one takes its number
 //! fill BUFFER SEED              -> ok
 //! check BUFFER OFFSET LENGTH SEED  -> ok | differs at N
 //! send PEER BUFFER OFFSET LENGTH IMM|-
@@ -110,6 +111,11 @@ impl Side {
                 let answer = format!("{} {}", buffer.region().key(), buffer.region().remote_base());
                 self.buffers.push(buffer);
                 Ok(answer)
+            }
+            ["free", buffer] => {
+                let index = number(buffer)? as usize;
+                self.buffers[index] = RegisteredBuffer::new(&self.domain, 8, 1 << 16).map_err(text)?;
+                Ok(String::new())
             }
             ["fill", buffer, seed] => {
                 let (buffer, seed) = (number(buffer)? as usize, number(seed)?);
