@@ -5,8 +5,9 @@
 //! connect NAME-IN-HEX           -> ok
 //! buffer LENGTH                 -> ok KEY BASE              buffers and peers are numbered from 0
 //! free BUFFER                   -> ok      deregisters and frees it; a small one takes its number
+//! swap BUFFER BUFFER            -> ok
 //! fill BUFFER SEED              -> ok
-//! check BUFFER OFFSET LENGTH SEED  -> ok | differs at N
+//! check BUFFER OFFSET LENGTH SEED|zeros  -> ok | differs at N
 //! send PEER BUFFER OFFSET LENGTH IMM|-
 //! write PEER BUFFER OFFSET LENGTH KEY ADDRESS IMM|-
 //! read PEER BUFFER OFFSET LENGTH KEY ADDRESS       -> ok     all three when posted
@@ -117,6 +118,10 @@ impl Side {
                 self.buffers[index] = RegisteredBuffer::new(&self.domain, 8, 1 << 16).map_err(text)?;
                 Ok(String::new())
             }
+            ["swap", one, other] => {
+                self.buffers.swap(number(one)? as usize, number(other)? as usize);
+                Ok(String::new())
+            }
             ["fill", buffer, seed] => {
                 let (buffer, seed) = (number(buffer)? as usize, number(seed)?);
                 let data: Vec<u8> = (0..self.buffers[buffer].len()).map(|index| byte(seed, index)).collect();
@@ -124,9 +129,11 @@ impl Side {
                 Ok(String::new())
             }
             ["check", buffer, offset, length, seed] => {
-                let (offset, seed) = (number(offset)? as usize, number(seed)?);
+                let (offset, seed) = (number(offset)? as usize, number(seed).ok());
                 let data = self.buffers[number(buffer)? as usize].copy_out(offset, number(length)? as usize);
-                match (0..data.len()).find(|index| data[*index] != byte(seed, offset + index)) {
+                match (0..data.len())
+                    .find(|index| data[*index] != seed.map_or(0, |seed| byte(seed, offset + index)))
+                {
                     Some(index) => Ok(format!("differs at {}", offset + index)),
                     None => Ok(String::new()),
                 }
