@@ -330,7 +330,7 @@ fn freed_memory_is_not_written() {
             }
             // What the allocator gives next is most likely the same memory; it begins as zeros and must stay so.
             b.ask("free 0");
-            b.ask(&format!("buffer {}", 8 * MIB));
+            b.buffer(8 * MIB);
             b.tell("wait 0 1000 200");
             let sent = a.wait(8, 0).sent;
             b.done();
