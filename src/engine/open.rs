@@ -23,6 +23,9 @@ use crate::wire::{ConnectionInfo, EndpointName, Extension};
 /// Bytes of notifications that wait for the user before the network is left alone.
 const INBOX_BYTES_MAX: u64 = 1 << 30;
 
+/// Operations in flight on a rail of a software provider.
+const SOFTWARE_OPERATIONS: u32 = 8192;
+
 /// Opens everything that an engine needs.
 pub(super) fn open(
     init: InitParams,
@@ -113,7 +116,7 @@ fn open_rails(
     let each = found.devices.iter().zip(counts);
     for device in each.flat_map(|(device, count)| std::iter::repeat_n(device, count)) {
         let id = RailId(rails.len() as u16);
-        match open_rail(library, device, id, config, want_wait_fd) {
+        match open_rail(library, device, id, config, found.software, want_wait_fd) {
             Ok(rail) => rails.push(Arc::new(rail)),
             Err(e) => {
                 log::warn!("{} is left out: {e}", device.domain_name());
@@ -142,6 +145,7 @@ fn open_rail(
     device: &Device,
     id: RailId,
     config: &Config,
+    software: bool,
     want_wait_fd: bool,
 ) -> Result<Rail> {
     let fabric = Fabric::open(library, device)?;
@@ -156,7 +160,9 @@ fn open_rail(
     let limits = RailLimits {
         receive_buffers: receives,
         send_buffers: if control { config.control_send_buffers as u32 } else { 1 },
-        operations_max: 0,
+        // A software provider queues in memory what a NIC would not take, and its peer answers when the scheduler
+        // lets it: the deeper the queue, the fewer turns a transfer takes.
+        operations_max: if software { SOFTWARE_OPERATIONS } else { 0 },
         batch_slices: config.split_batch_size as u32,
         cq_entries: config.cq_entries as u32,
         stall_timeout: config.connect_timeout,
