@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::guard::{self, Guard};
+use super::name;
 use super::types::{
     BasicDesc, BlobDesc, Bytes, BytesSink, CreateParams, EngineHandle, EngineOps, MemSink, MetaDesc,
     MetadataHandle, PairSink, QuerySink, RequestHandle, Slice,
 };
-use super::{available_mems, name};
-use crate::engine::{Engine, InitParams, Metadata, Request, XferDesc};
+use crate::engine::{Engine, InitParams, Metadata, Request, XferDesc, available_mems};
 use crate::error::{Error, Result, Status};
 use crate::fabric::MemoryRange;
 use crate::types::{AgentName, Desc, MemKind, Op};

@@ -11,8 +11,6 @@ pub mod types;
 
 use std::ffi::c_void;
 
-use crate::types::MemKind;
-
 /// The first thing that NIXL calls. Returns its `nixlBackendPlugin`, valid for the life of the process.
 #[unsafe(no_mangle)]
 pub extern "C" fn nixl_plugin_init() -> *const c_void {
@@ -29,9 +27,3 @@ pub extern "C" fn nixl_plugin_init() -> *const c_void {
 /// Engines are gone by then and took their threads along; what is left is static.
 #[unsafe(no_mangle)]
 pub extern "C" fn nixl_plugin_fini() {}
-
-/// Memory kinds that an engine made on this machine would support, found out without making one.
-// TODO(engine): ask the engine, which knows whether CUDA is there.
-fn available_mems() -> Vec<MemKind> {
-    vec![MemKind::Dram]
-}

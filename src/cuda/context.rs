@@ -46,6 +46,15 @@ impl fmt::Debug for Context {
     }
 }
 
+/// Equal are two that stand for the same context of the driver.
+impl PartialEq for Context {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.handle == other.0.handle
+    }
+}
+
+impl Eq for Context {}
+
 impl Context {
     /// The device of the context.
     pub fn device(&self) -> &Device {
@@ -64,6 +73,20 @@ impl Context {
             e.context(format!("entering the context of CUDA device {}", self.device().ordinal))
         })?;
         Ok(work())
+    }
+
+    /// Runs `work` in whatever context is current on the calling thread, and in this one if none is: a library that
+    /// calls CUDA in there makes no context of its own.
+    pub fn with_any<R>(&self, work: impl FnOnce() -> R) -> R {
+        let _relaxed = Relaxed::enter(self.cuda().api());
+        let entered = match current(self.cuda().api()) {
+            Ok(CUcontext::NULL) => Guard::enter(self.cuda(), self.0.handle),
+            _ => return work(),
+        };
+        if let Err(why) = &entered {
+            log::debug!("CUDA device {}: its context cannot be entered: {why}", self.device().ordinal);
+        }
+        work()
     }
 
     pub(super) fn cuda(&self) -> &Cuda {
@@ -96,6 +119,11 @@ impl Cuda {
         })?;
         let retained = context(primary, true);
         Ok(Some(if own.is_null() || own == primary { retained } else { context(own, false) }))
+    }
+
+    /// A primary context that the application has active, of the first device that has one. Never creates one.
+    pub fn any_active_context(&self) -> Option<Context> {
+        self.devices().iter().find_map(|device| self.active_context(device.ordinal).ok().flatten())
     }
 
     /// The ordinal-th device's primary context, if the application has it active. Never creates one.

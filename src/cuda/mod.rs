@@ -62,6 +62,7 @@ pub struct Device {
 }
 
 /// Whose memory `VRAM_SEG` is on this machine.
+#[derive(Clone, Copy)]
 pub enum Runtime {
     /// NVIDIA GPUs.
     Cuda(&'static Cuda),
@@ -70,6 +71,13 @@ pub enum Runtime {
 }
 
 impl Runtime {
+    /// Whether the machine looks as if it had an accelerator, found out without touching a driver: a process that has
+    /// called `cuInit` cannot use CUDA in its forked children, and asking what a plugin could do must not cost that.
+    pub fn is_likely() -> bool {
+        let named = |variable| std::env::var_os(variable).is_some_and(|value| !value.is_empty());
+        named(LIBRARY_ENV) || named(neuron::LIBRARY_ENV) || has_device_file(Path::new("/dev"))
+    }
+
     /// The runtime that has devices here; CUDA if both have. The error, `NotSupported`, says why neither.
     pub fn get() -> Result<Self> {
         let no_cuda = match Cuda::get() {
@@ -168,6 +176,16 @@ impl Cuda {
     }
 }
 
+/// Whether the folder holds an accelerator's device file: `nvidia0` or `neuron0`, with any number.
+fn has_device_file(folder: &Path) -> bool {
+    let is_one = |name: &str| {
+        let number = name.strip_prefix("nvidia").or_else(|| name.strip_prefix("neuron"));
+        number.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+    };
+    std::fs::read_dir(folder)
+        .is_ok_and(|entries| entries.flatten().any(|entry| entry.file_name().to_str().is_some_and(is_one)))
+}
+
 impl std::fmt::Debug for Cuda {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Cuda")
@@ -237,4 +255,23 @@ fn text(
     let text = CStr::from_bytes_until_nul(&buffer)
         .map_err(|_| Error::backend(format!("{call}: text without end")))?;
     Ok(text.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::has_device_file;
+
+    #[test]
+    fn device_files_are_told_from_their_neighbours() {
+        let folder = std::env::temp_dir().join(format!("nixl-libfabric-dev-{}", std::process::id()));
+        std::fs::create_dir(&folder).unwrap();
+        let mut seen = Vec::new();
+        for name in ["null", "nvidiactl", "nvidia-uvm", "nvidia", "neuron12"] {
+            std::fs::write(folder.join(name), "").unwrap();
+            seen.push(has_device_file(&folder));
+        }
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(seen, [false, false, false, false, true]);
+        assert!(!has_device_file(&folder));
+    }
 }

@@ -2,6 +2,7 @@
 
 use super::placement::describe;
 use crate::config::{Config, Fabric};
+use crate::cuda::Runtime;
 use crate::error::{Error, Result};
 use crate::fabric::{AddrFormat, Device, Libfabric, Query, efa};
 use crate::topology::{DeviceFilter, Machine, spread};
@@ -26,9 +27,10 @@ pub(super) struct Found {
     pub delivery_complete: bool,
 }
 
-/// Memory kinds that an engine on this machine could register, for NIXL's plugin list.
+/// Memory kinds that an engine on this machine could register, for NIXL's plugin list. Nothing is loaded or initialised
+/// to find out; whether the provider can register VRAM is known when there is an engine.
 pub fn available_mems() -> Vec<MemKind> {
-    vec![MemKind::Dram]
+    if Runtime::is_likely() { vec![MemKind::Dram, MemKind::Vram] } else { vec![MemKind::Dram] }
 }
 
 /// Finds the devices that the configuration and the environment let us use.
@@ -48,7 +50,8 @@ pub(super) fn find(library: &Libfabric, config: &Config) -> Result<Found> {
         query.delivery_complete = false;
         offered = library.discover(&query)?;
     }
-    let asked = query.provider.or_else(|| std::env::var("FI_PROVIDER").ok().filter(|name| !name.is_empty()));
+    let asked =
+        query.provider.clone().or_else(|| std::env::var("FI_PROVIDER").ok().filter(|name| !name.is_empty()));
     let chosen = choose_provider(offered.iter().map(Device::provider), asked.is_some())
         .ok_or_else(|| nothing_found(library, asked.as_deref()))?
         .to_owned();
@@ -61,6 +64,7 @@ pub(super) fn find(library: &Libfabric, config: &Config) -> Result<Found> {
             library.origin()
         )));
     }
+    let offered = for_accelerators(library, &query, &chosen).unwrap_or(offered);
     let devices = once_each(offered.into_iter().filter(|device| device.provider() == chosen), config.fabric);
     let devices = if software { interfaces(devices) } else { devices };
     let devices = allowed(&devices, config)?;
@@ -74,6 +78,17 @@ pub(super) fn find(library: &Libfabric, config: &Config) -> Result<Found> {
         );
     }
     Ok(Found { devices, software, delivery_complete: query.delivery_complete })
+}
+
+/// The devices of the chosen provider that can register accelerator memory, if there is an accelerator and they can.
+fn for_accelerators(library: &Libfabric, query: &Query, chosen: &str) -> Option<Vec<Device>> {
+    if !Runtime::is_likely() {
+        return None;
+    }
+    let query = Query { hmem: true, provider: Some(chosen.to_owned()), ..query.clone() };
+    let offered = library.discover(&query).inspect_err(|e| log::debug!("asking for FI_HMEM: {e}")).ok()?;
+    Some(offered)
+        .filter(|offered| offered.iter().any(|device| device.provider() == chosen && device.has_hmem()))
 }
 
 fn is_software(provider: &str) -> bool {

@@ -5,6 +5,7 @@ mod discover;
 mod open;
 mod placement;
 mod shared;
+mod vram;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,8 +15,8 @@ use std::time::{Duration, Instant};
 pub use self::discover::available_mems;
 use self::shared::Shared;
 use crate::error::{Error, Result, Status};
-use crate::fabric::{Hmem, Libfabric, MemoryRange, MemoryRegion};
-use crate::memory::{Registration, RemoteRegion};
+use crate::fabric::{Libfabric, MemoryRange, MemoryRegion};
+use crate::memory::{Memory, Registration, RemoteRegion};
 pub use crate::notify::Notification;
 use crate::progress::ProgressThreads;
 use crate::transfer::plan::{self, Cutting, Lane, Piece};
@@ -74,6 +75,7 @@ pub struct Engine {
 /// Address, length, kind and device of a registered range.
 type RangeKey = (u64, u64, MemKind, u64);
 
+#[allow(clippy::unused_self, reason = "one method for each NIXL call")]
 impl Engine {
     /// Opens the rails and starts the progress threads.
     pub fn create(init: InitParams) -> Result<Self> {
@@ -92,7 +94,7 @@ impl Engine {
 
     /// Memory kinds that can be registered, at least one.
     pub fn supported_mems(&self) -> Vec<MemKind> {
-        self.shared.placement.mems()
+        self.shared.vram.mems()
     }
 
     /// Registers a range; zero length is refused.
@@ -119,20 +121,18 @@ impl Engine {
             return Ok(Arc::new(Metadata::Local(known)));
         }
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        let (rails, hmem) = match kind {
-            MemKind::Dram => (self.shared.placement.rails_for_host(range, turn), Hmem::System),
+        let registration = match kind {
+            MemKind::Dram => {
+                let rails = self.shared.placement.rails_for_host(range, turn);
+                Registration::new(self.rails(), rails, Memory::host(range, dev_id), None)?
+            }
             MemKind::Vram => {
-                return Err(Error::not_supported(format!(
-                    "VRAM {:#x}+{} (device {dev_id}) cannot be registered: the provider {} cannot move accelerator memory",
-                    range.addr(),
-                    range.len(),
-                    self.rails()[0].device().provider()
-                )));
+                self.shared.vram.register(self.rails(), &self.shared.placement, range, dev_id)?
             }
             other => return Err(Error::not_supported(format!("{other} memory is not for this backend"))),
         };
-        let registration = Arc::new(Registration::new(self.rails(), rails, range, kind, dev_id, hmem, None)?);
         log::debug!("registered {registration} on {} rails", registration.rails().len());
+        let registration = Arc::new(registration);
         registered.retain(|_, known| known.strong_count() > 0);
         registered.insert(key, Arc::downgrade(&registration));
         Ok(Arc::new(Metadata::Local(registration)))
@@ -435,7 +435,13 @@ impl Engine {
         kind: MemKind,
         descs: &mut dyn Iterator<Item = Desc>,
     ) -> Result<Vec<Option<BTreeMap<String, String>>>> {
-        Ok(descs.map(|desc| self.shared.placement.describe(kind, &desc)).collect())
+        let placement = &self.shared.placement;
+        let describe = |desc: Desc| match kind {
+            MemKind::Dram => placement.describe_host(&desc),
+            MemKind::Vram => self.shared.vram.describe(placement, &desc),
+            _ => None,
+        };
+        Ok(descs.map(describe).collect())
     }
 
     /// Expected duration of a prepared request and its uncertainty, from transfers that were made.

@@ -9,7 +9,9 @@ use super::InitParams;
 use super::discover::{self, Found, names};
 use super::placement::Placement;
 use super::shared::Shared;
+use super::vram::{self, Vram};
 use crate::config::{Config, Wait};
+use crate::cuda::Runtime;
 use crate::error::{Error, Result};
 use crate::fabric::{Device, Domain, Fabric, Libfabric};
 use crate::notify::Inbox;
@@ -34,9 +36,13 @@ pub(super) fn open(
     let config = Config::from_params(&init.params)?;
     let path = Some(Path::new(&config.libfabric_path)).filter(|path| !path.as_os_str().is_empty());
     let library = library.map_or_else(|| Libfabric::load(path), Ok)?;
-    let found = discover::find(&library, &config)?;
     let use_wait_fd = init.progress_thread && config.wait != Wait::Sleep;
-    let rails = open_rails(&library, &found, &config, use_wait_fd)?;
+    let (found, rails) = vram::in_application_context(|| {
+        let found = discover::find(&library, &config)?;
+        let rails = open_rails(&library, &found, &config, use_wait_fd)?;
+        Ok::<_, Error>((found, rails))
+    })?;
+    let vram = Vram::find(&rails, &found);
     let placement = Placement::new(rails.iter().map(|rail| (rail.id(), rail.device())), &config)?;
     let extension = Extension::ours(incarnation(), MESSAGE_BYTES_MAX as u32, config.notif_bytes_max);
     let endpoints =
@@ -57,6 +63,7 @@ pub(super) fn open(
         copies: LocalCopies::default(),
         local_rates: Rates::default(),
         placement,
+        vram,
         virtual_addresses: found.devices[0].mr_virt_addr(),
         message_bytes_max: message_bytes_max(&found.devices),
         wakers: OnceLock::new(),
@@ -89,7 +96,7 @@ pub(super) fn open(
         if found.software { " (software)" } else { "" },
         local.rails.len(),
         names(&found.devices),
-        shared.placement.mems().iter().map(ToString::to_string).collect::<Vec<_>>().join("+"),
+        shared.vram.mems().iter().map(ToString::to_string).collect::<Vec<_>>().join("+"),
         shared.placement.origin,
         if progress.is_some() { "by threads" } else { "by the callers" },
     );
@@ -167,6 +174,8 @@ fn open_rail(
         cq_entries: config.cq_entries as u32,
         stall_timeout: config.connect_timeout,
         want_wait_fd,
+        // Registering GPU memory needs it; asked for only where there is some (`discover`).
+        cuda_api: (device.has_hmem() && matches!(Runtime::get(), Ok(Runtime::Cuda(_)))).then_some(true),
     };
     Rail::open(id, &domain, device, &limits)
 }

@@ -1,10 +1,12 @@
 //! Which rails serve which memory: the topology's answer in devices, turned into rails.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use crate::config::Config;
 use crate::error::Result;
 use crate::fabric::{Device, MemoryRange};
+use crate::rail::Rail;
 use crate::topology::{Machine, RailDevice, RailMap, SelectOptions, numa_nodes_of};
 use crate::types::{Desc, MemKind, PciAddress, RailId};
 
@@ -43,36 +45,36 @@ impl Placement {
         })
     }
 
-    /// Memory kinds that can be registered.
-    pub fn mems(&self) -> Vec<MemKind> {
-        vec![MemKind::Dram]
-    }
-
     /// Rails for a host buffer, nearest first. Buffers that could use the same ones take turns.
     pub fn rails_for_host(&self, range: MemoryRange, turn: u64) -> Vec<RailId> {
         self.rails_of(&self.map.for_host(&numa_nodes_of(range.addr(), range.len()), turn))
     }
 
-    #[allow(dead_code, reason = "registration of VRAM comes with the CUDA layer")]
     /// Rails for memory of an accelerator, nearest first.
     pub fn rails_for_accelerator(&self, pci: Option<PciAddress>) -> Vec<RailId> {
         self.rails_of(&self.map.for_accelerator(pci))
+    }
+
+    /// Rails on the NIC at this PCI address.
+    pub fn rails_at(&self, nic: PciAddress, rails: &[Arc<Rail>]) -> Vec<RailId> {
+        let is_there = |rail: &&Arc<Rail>| rail.device().nic().and_then(|nic| nic.pci) == Some(nic);
+        rails.iter().filter(is_there).map(|rail| rail.id()).collect()
     }
 
     fn rails_of(&self, devices: &[usize]) -> Vec<RailId> {
         devices.iter().flat_map(|&device| self.rails[device].iter().copied()).collect()
     }
 
-    /// Attributes of a range that can be registered; `None` for one that cannot.
-    pub fn describe(&self, kind: MemKind, desc: &Desc) -> Option<BTreeMap<String, String>> {
-        if kind != MemKind::Dram || desc.len == 0 || desc.addr.checked_add(desc.len).is_none() {
+    /// Attributes of a range of host memory; `None` if it cannot be registered.
+    pub fn describe_host(&self, desc: &Desc) -> Option<BTreeMap<String, String>> {
+        if desc.len == 0 || desc.addr.checked_add(desc.len).is_none() {
             return None;
         }
         let nodes = numa_nodes_of(desc.addr, desc.len);
         let rails = self.rails_of(&self.map.for_host(&nodes, 0));
         let list = |items: &mut dyn Iterator<Item = String>| items.collect::<Vec<_>>().join(",");
         Some(BTreeMap::from([
-            ("mem".to_owned(), kind.to_string()),
+            ("mem".to_owned(), MemKind::Dram.to_string()),
             ("numa_nodes".to_owned(), list(&mut nodes.iter().map(|(node, _)| node.to_string()))),
             ("rails".to_owned(), list(&mut rails.iter().map(ToString::to_string))),
         ]))

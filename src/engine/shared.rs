@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::placement::Placement;
+use super::vram::Vram;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::notify::Inbox;
@@ -25,6 +26,7 @@ pub(super) struct Shared {
     pub copies: LocalCopies,
     pub local_rates: Rates,
     pub placement: Placement,
+    pub vram: Vram,
     /// Remote addresses are virtual ones, not offsets into a region.
     pub virtual_addresses: bool,
     /// Longest operation that every rail takes.
@@ -49,8 +51,10 @@ impl Shared {
     /// Drives one rail, for work that was just left there.
     pub fn kick(&self, rail: RailId) {
         let rail = &self.local.rails[rail.index()];
-        rail.kick(self);
-        self.deliver_mail();
+        self.vram.within(|| {
+            rail.kick(self);
+            self.deliver_mail();
+        });
         if rail.has_backlog() {
             self.wake();
         }
@@ -58,15 +62,17 @@ impl Shared {
 
     /// Drives these rails and the one for control messages.
     pub fn drive_some(&self, rails: impl Iterator<Item = RailId>) -> usize {
-        let control = self.local.rails[0].drive(self);
-        let others: usize = rails
-            .filter(|rail| rail.index() != 0)
-            .map(|rail| self.local.rails[rail.index()].drive(self))
-            .sum();
-        if control + others > 0 {
-            self.deliver_mail();
-        }
-        control + others
+        self.vram.within(|| {
+            let control = self.local.rails[0].drive(self);
+            let others: usize = rails
+                .filter(|rail| rail.index() != 0)
+                .map(|rail| self.local.rails[rail.index()].drive(self))
+                .sum();
+            if control + others > 0 {
+                self.deliver_mail();
+            }
+            control + others
+        })
     }
 
     /// Drives everything once.
@@ -129,7 +135,7 @@ impl Shared {
         }
         // The control rail last: transfers that end on the others leave messages there.
         for rail in self.local.rails.iter().rev() {
-            rail.close();
+            self.vram.within(|| rail.close());
             log::debug!("rail {} ({}): {}", rail.id(), rail.device().domain_name(), rail.counters());
         }
     }
@@ -243,10 +249,13 @@ impl RailEvents for Shared {
 
 impl Driver for Shared {
     fn drive(&self, rails: &[Arc<Rail>]) -> usize {
-        let handled: usize = rails.iter().map(|rail| rail.drive(self)).sum();
-        if handled > 0 {
-            self.deliver_mail();
-        }
+        let handled = self.vram.within(|| {
+            let handled: usize = rails.iter().map(|rail| rail.drive(self)).sum();
+            if handled > 0 {
+                self.deliver_mail();
+            }
+            handled
+        });
         handled + self.drive_copies()
     }
 

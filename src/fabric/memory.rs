@@ -311,10 +311,15 @@ pub struct RegisteredBuffer {
 impl RegisteredBuffer {
     /// Allocates and registers `len` bytes of host memory, zeroed.
     pub fn new(domain: &Arc<Domain>, len: usize, requested_key: u64) -> Result<Self> {
+        Self::new_as(domain, len, requested_key, Hmem::System)
+    }
+
+    /// Like [`Self::new`], but calls the memory another kind, to find out whether the provider knows that kind.
+    pub fn new_as(domain: &Arc<Domain>, len: usize, requested_key: u64, hmem: Hmem) -> Result<Self> {
         let memory = Allocation::new(len)?;
         // SAFETY: the allocation is handed to the registration, which frees it after it has closed.
         let range = unsafe { MemoryRange::assume_registered(memory.memory.as_ptr() as u64, len as u64) };
-        let inner = domain.register_backed(range, Hmem::System, None, requested_key, Some(memory))?;
+        let inner = domain.register_backed(range, hmem, None, requested_key, Some(memory))?;
         Ok(Self { region: MemoryRegion { inner: Arc::new(inner) } })
     }
 

@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use crate::cuda::{Context, Cuda};
 use crate::error::{Error, Result};
 use crate::fabric::{Dmabuf, Hmem, MemoryRange, MemoryRegion, next_key};
 use crate::peer::Peer;
@@ -21,11 +22,45 @@ pub trait RegionUser: Send + Sync {
     fn forget_regions(&self);
 }
 
+/// Memory to be registered: where it is and what it is.
+#[derive(Debug, Clone)]
+pub struct Memory {
+    /// The range.
+    pub range: MemoryRange,
+    /// Its kind, as NIXL names it.
+    pub kind: MemKind,
+    /// Device number that NIXL gave with it.
+    pub dev_id: u64,
+    /// Its kind, as libfabric names it.
+    pub hmem: Hmem,
+    /// CUDA context in which to work on it, for memory of a GPU that has one.
+    pub context: Option<Context>,
+}
+
+impl Memory {
+    /// Host memory.
+    pub fn host(range: MemoryRange, dev_id: u64) -> Self {
+        Self { range, kind: MemKind::Dram, dev_id, hmem: Hmem::System, context: None }
+    }
+
+    /// Runs `work` in the memory's context, if it has one: libfabric may call CUDA.
+    fn within<R>(&self, work: impl FnOnce() -> R) -> Result<R> {
+        match &self.context {
+            Some(context) => context.with(work),
+            None => Ok(work()),
+        }
+    }
+}
+
+impl fmt::Display for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {:#x}+{} (device {})", self.kind, self.range.addr(), self.range.len(), self.dev_id)
+    }
+}
+
 /// A range of local memory, registered on the rails that are near it.
 pub struct Registration {
-    range: MemoryRange,
-    kind: MemKind,
-    dev_id: u64,
+    memory: Memory,
     /// One entry for each rail of the engine; all `None` once the range is deregistered.
     regions: Mutex<Vec<Option<MemoryRegion>>>,
     /// Requests that keep regions of it at hand.
@@ -40,7 +75,7 @@ pub struct Registration {
 
 impl fmt::Display for Registration {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {:#x}+{} (device {})", self.kind, self.range.addr(), self.range.len(), self.dev_id)
+        fmt::Display::fmt(&self.memory, f)
     }
 }
 
@@ -51,30 +86,24 @@ impl fmt::Debug for Registration {
 }
 
 impl Registration {
-    /// Registers `range` on `rails`. If one refuses, what the others did is undone.
+    /// Registers memory on `rails`, by `dmabuf` if one is given. If one rail refuses, what the others did is undone.
     pub fn new(
         all_rails: &[Arc<Rail>],
         rails: Vec<RailId>,
-        range: MemoryRange,
-        kind: MemKind,
-        dev_id: u64,
-        hmem: Hmem,
+        memory: Memory,
         dmabuf: Option<&Dmabuf>,
     ) -> Result<Self> {
         let register = |rail: RailId| {
             let rail = &all_rails[rail.index()];
-            rail.domain().register(range, hmem, dmabuf, next_key()).map_err(|e| {
-                Error::from(e).context(format_args!(
-                    "{kind} {:#x}+{} cannot be registered on rail {} ({})",
-                    range.addr(),
-                    range.len(),
-                    rail.id(),
-                    rail.device().domain_name()
-                ))
+            let device = rail.device().domain_name();
+            let registered =
+                memory.within(|| rail.domain().register(memory.range, memory.hmem, dmabuf, next_key()));
+            registered.and_then(|region| Ok(region?)).map_err(|e| {
+                e.context(format_args!("{memory} cannot be registered on rail {} ({device})", rail.id()))
             })
         };
         let outcomes: Vec<Result<MemoryRegion>> = if rails.len() > 1
-            && range.len() >= PARALLEL_REGISTRATION_BYTES_MIN
+            && memory.range.len() >= PARALLEL_REGISTRATION_BYTES_MIN
         {
             std::thread::scope(|scope| {
                 let threads: Vec<_> = rails.iter().map(|&rail| scope.spawn(move || register(rail))).collect();
@@ -84,32 +113,59 @@ impl Registration {
         } else {
             rails.iter().map(|&rail| register(rail)).collect()
         };
-        let mut regions = vec![None; all_rails.len()];
-        for (rail, region) in rails.iter().zip(outcomes) {
-            let region = region?;
-            all_rails[rail.index()].bind(&region)?;
-            regions[rail.index()] = Some(region);
-        }
-        Ok(Self {
-            range,
-            kind,
-            dev_id,
-            regions: Mutex::new(regions),
+        // Made before the outcomes are looked at, so that its end undoes what has been done, in the right context.
+        let registration = Self {
+            memory,
+            regions: Mutex::new(vec![None; all_rails.len()]),
             users: Mutex::default(),
             rails,
             in_use: AtomicUsize::new(0),
             holders: AtomicUsize::new(1),
-        })
+        };
+        let mut refusal = None;
+        for (rail, outcome) in registration.rails.iter().zip(outcomes) {
+            match outcome {
+                Ok(region) => registration.lock_regions()[rail.index()] = Some(region),
+                Err(e) => refusal = refusal.or(Some(e)),
+            }
+        }
+        if let Some(e) = refusal {
+            return Err(e);
+        }
+        for rail in &registration.rails {
+            if let Some(region) = registration.region(*rail) {
+                all_rails[rail.index()].bind(&region)?;
+            }
+        }
+        Ok(registration)
     }
 
     /// The range.
     pub fn range(&self) -> MemoryRange {
-        self.range
+        self.memory.range
     }
 
     /// Kind of memory.
     pub fn kind(&self) -> MemKind {
-        self.kind
+        self.memory.kind
+    }
+
+    /// The context in which a GPU copies this memory; none for memory that the processor copies.
+    pub fn copy_context(&self) -> Result<Option<Context>> {
+        let ordinal = match (self.memory.hmem, &self.memory.context) {
+            (Hmem::System, _) => return Ok(None),
+            (Hmem::Cuda { .. }, Some(context)) => return Ok(Some(context.clone())),
+            (Hmem::Cuda { device }, None) => device,
+            (Hmem::Neuron { .. }, _) => {
+                return Err(Error::not_supported(format!("{self}: Neuron memory cannot be copied in place")));
+            }
+        };
+        // Made before the application used the device; by now it may.
+        Cuda::get()?.active_context(ordinal as u32)?.map(Some).ok_or_else(|| {
+            Error::not_supported(format!(
+                "{self}: no CUDA context is active on device {ordinal}: use the device (cudaSetDevice) first"
+            ))
+        })
     }
 
     /// The rails that can move it, nearest first.
@@ -135,10 +191,17 @@ impl Registration {
     /// it are in flight.
     pub fn close(&self) {
         let users = std::mem::take(&mut *self.users.lock().unwrap_or_else(PoisonError::into_inner));
-        for user in users.iter().filter_map(Weak::upgrade) {
-            user.forget_regions();
+        // Taken out here: where the context cannot be entered, they are dropped all the same.
+        let regions: Vec<_> = self.lock_regions().iter_mut().filter_map(Option::take).collect();
+        let closed = self.memory.within(move || {
+            for user in users.iter().filter_map(Weak::upgrade) {
+                user.forget_regions();
+            }
+            drop(regions);
+        });
+        if let Err(why) = closed {
+            log::warn!("{self} was deregistered outside its context: {why}");
         }
-        self.lock_regions().fill(None);
     }
 
     fn lock_regions(&self) -> MutexGuard<'_, Vec<Option<MemoryRegion>>> {
@@ -149,13 +212,13 @@ impl Registration {
     pub fn public_metadata(&self) -> PublicMetadata {
         PublicMetadata {
             keys: self.lock_regions().iter().map(|r| r.as_ref().map(MemoryRegion::key)).collect(),
-            addr: self.range.addr(),
+            addr: self.memory.range.addr(),
         }
     }
 
     /// Checks that a descriptor lies inside.
     pub fn check(&self, desc: &Desc) -> Result<()> {
-        check_inside(desc, self.range.addr(), self.range.len(), self)
+        check_inside(desc, self.memory.range.addr(), self.memory.range.len(), self)
     }
 
     /// A post that uses it begins.
@@ -187,6 +250,12 @@ impl Registration {
     /// Whether the host has deregistered it.
     pub fn is_retired(&self) -> bool {
         self.holders.load(Ordering::SeqCst) == 0
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        self.close();
     }
 }
 

@@ -110,6 +110,7 @@ impl Core {
                 },
                 context_count: contexts,
                 want_wait_fd: limits.want_wait_fd,
+                cuda_api: limits.cuda_api,
                 ..EndpointOptions::default()
             },
         )?;

@@ -58,6 +58,8 @@ pub struct RailLimits {
     pub stall_timeout: Duration,
     /// Whether to ask the provider for a wait object.
     pub want_wait_fd: bool,
+    /// Whether the provider may call CUDA; `None` leaves it to the provider.
+    pub cuda_api: Option<bool>,
 }
 
 /// What a rail has done since it was opened.

@@ -1,17 +1,26 @@
 //! Transfers of an agent to itself: copied here, because no NIC carries a packet to its own address.
 //!
-//! Whoever drives the rails copies a bounded amount at a time, so that a copy of many GiB holds up no call.
+//! Whoever drives the rails copies a bounded amount at a time, so that a copy of many GiB holds up no call. Where GPU
+//! memory takes part a GPU copies, and who drives starts copies and asks whether they are done.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
+use crate::cuda::{Context, InFlight, Span, Stream};
 use crate::error::{Error, Result, Status};
 use crate::fabric::copy_between;
 use crate::memory::Registration;
+use crate::types::MemKind;
 
 /// Bytes copied in one turn: about a millisecond of host memory bandwidth.
 const TURN_BYTES: u64 = 8 << 20;
+
+/// Pieces that a GPU copies before it is asked whether they are done.
+const BATCH_PIECES_MAX: usize = 128;
+/// Batches in flight: one that copies, one that waits, so that the GPU need not wait for whoever drives.
+const BATCHES_MAX: usize = 2;
 
 const IDLE: u8 = 0;
 const IN_FLIGHT: u8 = 1;
@@ -33,6 +42,17 @@ pub struct LocalPiece {
     pub len: u64,
 }
 
+impl LocalPiece {
+    /// The context of the GPU that copies it; none where the processor does.
+    fn context(&self) -> Result<Option<Context>> {
+        Ok(self.source.copy_context()?.or(self.target.copy_context()?))
+    }
+
+    fn within_gpus(&self) -> bool {
+        [&self.source, &self.target].iter().all(|region| region.kind() == MemKind::Vram)
+    }
+}
+
 /// A transfer within the agent.
 #[derive(Debug)]
 pub struct LocalTransfer {
@@ -43,12 +63,48 @@ pub struct LocalTransfer {
     cursor: Mutex<Cursor>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Cursor {
     piece: usize,
     offset: u64,
+    /// What GPUs copy, oldest first.
+    flying: VecDeque<InFlight>,
     notification: Option<Vec<u8>>,
     error: Option<Error>,
+}
+
+impl fmt::Debug for Cursor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cursor")
+            .field("piece", &self.piece)
+            .field("offset", &self.offset)
+            .field("flying", &self.flying.len())
+            .field("error", &self.error)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Cursor {
+    /// Goes on behind `len` bytes of `piece`.
+    fn advance(&mut self, piece: &LocalPiece, len: u64) {
+        self.offset += len;
+        if self.offset == piece.len {
+            self.piece += 1;
+            self.offset = 0;
+        }
+    }
+
+    /// Takes in what GPUs have done.
+    fn settle(&mut self) {
+        while let Some(oldest) = self.flying.front_mut() {
+            match oldest.is_done() {
+                Ok(false) => return,
+                Ok(true) => {}
+                Err(e) => self.error = self.error.take().or(Some(e)),
+            }
+            self.flying.pop_front();
+        }
+    }
 }
 
 impl LocalTransfer {
@@ -103,36 +159,77 @@ impl LocalTransfer {
         self.stopped.store(true, Ordering::Relaxed);
     }
 
-    /// Copies up to [`TURN_BYTES`]. Returns the outcome when the transfer is over.
-    fn advance(&self) -> Option<Result<Option<Vec<u8>>>> {
+    /// One turn: up to [`TURN_BYTES`] of the processor's, or batches for GPUs. Returns the outcome when the transfer is
+    /// over and nothing is in flight.
+    fn advance(&self, streams: &Streams) -> Option<Result<Option<Vec<u8>>>> {
         let mut cursor = self.lock();
+        cursor.settle();
+        if cursor.error.is_none() && self.stopped.load(Ordering::Relaxed) {
+            cursor.error = Some(Error::new(Status::Canceled, "the transfer was released in flight"));
+        }
+        if cursor.error.is_none()
+            && let Err(e) = self.copy_some(&mut cursor, streams)
+        {
+            cursor.error = Some(e);
+        }
+        if !cursor.flying.is_empty() {
+            return None;
+        }
+        match cursor.error.take() {
+            Some(e) => Some(Err(e)),
+            None if cursor.piece == self.pieces.len() => Some(Ok(cursor.notification.take())),
+            None => None,
+        }
+    }
+
+    fn copy_some(&self, cursor: &mut Cursor, streams: &Streams) -> Result<()> {
         let mut left = TURN_BYTES;
         while let Some(piece) = self.pieces.get(cursor.piece) {
-            if self.stopped.load(Ordering::Relaxed) {
-                return Some(Err(Error::new(Status::Canceled, "the transfer was released in flight")));
+            if let Some(context) = piece.context()? {
+                if cursor.flying.len() == BATCHES_MAX {
+                    return Ok(());
+                }
+                self.start_batch(cursor, &context, streams)?;
+                continue;
             }
             if left == 0 {
-                return None;
+                return Ok(());
             }
             let len = left.min(piece.len - cursor.offset);
-            let copied = copy_between(
+            copy_between(
                 piece.source.range(),
                 piece.source_addr + cursor.offset,
                 piece.target.range(),
                 piece.target_addr + cursor.offset,
                 len,
-            );
-            if let Err(e) = copied {
-                return Some(Err(e));
-            }
+            )?;
             left -= len;
-            cursor.offset += len;
-            if cursor.offset == piece.len {
-                cursor.piece += 1;
-                cursor.offset = 0;
-            }
+            cursor.advance(piece, len);
         }
-        Some(Ok(cursor.notification.take()))
+        Ok(())
+    }
+
+    /// Has the GPU of `context` copy the next pieces that are its own.
+    fn start_batch(&self, cursor: &mut Cursor, context: &Context, streams: &Streams) -> Result<()> {
+        let mut pairs = Vec::new();
+        // The driver itself copies host memory that is not page-locked, before the call returns.
+        let mut left = TURN_BYTES;
+        while let Some(piece) = self.pieces.get(cursor.piece) {
+            if left == 0 || pairs.len() == BATCH_PIECES_MAX || piece.context()?.as_ref() != Some(context) {
+                break;
+            }
+            let rest = piece.len - cursor.offset;
+            let len = if piece.within_gpus() { rest } else { rest.min(left) };
+            let target = Span::registered(piece.target_addr + cursor.offset, len)?;
+            pairs.push((target, Span::registered(piece.source_addr + cursor.offset, len)?));
+            if !piece.within_gpus() {
+                left -= len;
+            }
+            cursor.advance(piece, len);
+        }
+        let batch = streams.get(context).and_then(|stream| stream.copy_all(pairs));
+        cursor.flying.push_back(batch.inspect_err(|_| streams.forget(context))?);
+        Ok(())
     }
 
     fn finish(&self, error: Option<Error>) {
@@ -147,19 +244,47 @@ impl LocalTransfer {
     }
 }
 
+/// The streams on which GPUs copy, one for each context, made when first needed.
+#[derive(Default)]
+struct Streams(Mutex<Vec<Stream>>);
+
+impl Streams {
+    fn get(&self, context: &Context) -> Result<Stream> {
+        let mut streams = self.lock();
+        if let Some(stream) = streams.iter().find(|stream| stream.context() == context) {
+            return Ok(stream.clone());
+        }
+        let stream = Stream::new(context)?;
+        streams.push(stream.clone());
+        Ok(stream)
+    }
+
+    /// The next copy in this context gets a new stream: the application may have reset the device.
+    fn forget(&self, context: &Context) {
+        self.lock().retain(|stream| stream.context() != context);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Stream>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Copies under way, oldest first.
-#[derive(Debug, Default)]
-pub struct LocalCopies(Mutex<VecDeque<Arc<LocalTransfer>>>);
+#[derive(Default)]
+pub struct LocalCopies {
+    queue: Mutex<VecDeque<Arc<LocalTransfer>>>,
+    streams: Streams,
+}
 
 impl LocalCopies {
     /// Adds a transfer that has begun.
     pub fn push(&self, transfer: Arc<LocalTransfer>) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push_back(transfer);
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).push_back(transfer);
     }
 
     /// Whether something is to be copied.
     pub fn is_busy(&self) -> bool {
-        match self.0.try_lock() {
+        match self.queue.try_lock() {
             Ok(queue) => !queue.is_empty(),
             Err(_) => true,
         }
@@ -168,13 +293,13 @@ impl LocalCopies {
     /// Copies for one turn, unless another thread does. `notify` gets the notification of a transfer that is
     /// over. Returns how much was done.
     pub fn drive(&self, notify: impl FnOnce(Vec<u8>)) -> usize {
-        let mut queue = match self.0.try_lock() {
+        let mut queue = match self.queue.try_lock() {
             Ok(queue) => queue,
             Err(TryLockError::Poisoned(e)) => e.into_inner(),
             Err(TryLockError::WouldBlock) => return 0,
         };
         let Some(front) = queue.front() else { return 0 };
-        if let Some(outcome) = front.advance() {
+        if let Some(outcome) = front.advance(&self.streams) {
             let front = queue.pop_front().expect("it was just looked at");
             match outcome {
                 Ok(notification) => {

@@ -1,0 +1,321 @@
+//! Accelerator memory: whether this engine can register it, and how.
+//!
+//! Libraries below us call CUDA by themselves: efa when it registers, shm when it copies. They do so in whatever context
+//! is current and make one on device 0 if none is. So they are always called in a context that the application has.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use super::discover::{Found, names};
+use super::placement::Placement;
+use crate::cuda::neuron::Neuron;
+use crate::cuda::{Allocation, Context, Cuda, DmaBuf, Runtime};
+use crate::error::{Error, Result, Status};
+use crate::fabric::{Dmabuf, Hmem, MemoryRange, RegisteredBuffer, Version, next_key};
+use crate::memory::{Memory, Registration};
+use crate::rail::Rail;
+use crate::types::{Desc, MemKind, RailId};
+
+/// The libfabric API that takes a dmabuf (`FI_MR_DMABUF`, fi_mr(3)).
+const DMABUF_API: Version = Version::new(1, 20);
+
+/// Bytes registered to find out whether a provider knows CUDA at all.
+const PROBE_BYTES: usize = 4096;
+
+/// How a NIC came to know accelerator memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Way {
+    Dmabuf,
+    Address,
+}
+
+/// What the engine does with accelerator memory.
+pub(super) struct Vram {
+    /// Whose memory it is, or why there is none to register.
+    runtime: Result<Runtime>,
+    /// A NIC moves the data; otherwise the provider does, with copies of CUDA's.
+    by_nic: bool,
+    /// Devices of which the log has told how they are registered.
+    told: Mutex<BTreeSet<(i32, Way)>>,
+    /// Current while rails are driven, once GPU memory is registered: providers copy then.
+    context: OnceLock<Context>,
+}
+
+/// Runs `work`, which may make libfabric call CUDA, in a context that the application has, if it has one.
+///
+/// efa finds out whether its NIC can reach GPU memory by allocating a page of it, on device 0 unless a context is current.
+pub(super) fn in_application_context<R>(work: impl FnOnce() -> R) -> R {
+    let cuda = if Runtime::is_likely() { Cuda::get().ok() } else { None };
+    match cuda.and_then(Cuda::any_active_context) {
+        Some(context) => context.with_any(work),
+        None => work(),
+    }
+}
+
+impl Vram {
+    /// Finds out what can be done on these rails.
+    pub fn find(rails: &[Arc<Rail>], found: &Found) -> Self {
+        let runtime = usable_runtime(rails, found);
+        match &runtime {
+            Ok(runtime) => log::debug!("VRAM is {}", describe_runtime(*runtime)),
+            Err(why) => log::debug!("no VRAM: {why}"),
+        }
+        let vram =
+            Self { runtime, by_nic: !found.software, told: Mutex::default(), context: OnceLock::new() };
+        // shm page-locks its peers' memory by CUDA as soon as it meets them.
+        if let (Ok(Runtime::Cuda(cuda)), false) = (&vram.runtime, vram.by_nic)
+            && let Some(context) = cuda.any_active_context()
+        {
+            vram.context.get_or_init(|| context);
+        }
+        vram
+    }
+
+    /// Memory kinds that can be registered.
+    pub fn mems(&self) -> Vec<MemKind> {
+        match self.runtime {
+            Ok(_) => vec![MemKind::Dram, MemKind::Vram],
+            Err(_) => vec![MemKind::Dram],
+        }
+    }
+
+    /// Runs `work`, which drives rails.
+    pub fn within<R>(&self, work: impl FnOnce() -> R) -> R {
+        match self.context.get() {
+            Some(context) => context.with_any(work),
+            None => work(),
+        }
+    }
+
+    /// Registers memory of an accelerator on the rails that are near it.
+    pub fn register(
+        &self,
+        rails: &[Arc<Rail>],
+        placement: &Placement,
+        range: MemoryRange,
+        dev_id: u64,
+    ) -> Result<Registration> {
+        let what =
+            || format!("VRAM {:#x}+{} (device {dev_id}) cannot be registered", range.addr(), range.len());
+        match &self.runtime {
+            Ok(Runtime::Cuda(cuda)) => self.register_cuda(cuda, rails, placement, range, dev_id),
+            Ok(Runtime::Neuron(neuron)) => self.register_neuron(neuron, rails, placement, range, dev_id),
+            Err(why) => Err(why.clone()),
+        }
+        .map_err(|e| e.context(what()))
+    }
+
+    fn register_cuda(
+        &self,
+        cuda: &Cuda,
+        rails: &[Arc<Rail>],
+        placement: &Placement,
+        range: MemoryRange,
+        dev_id: u64,
+    ) -> Result<Registration> {
+        let allocation = cuda.inspect(range.addr(), range.len())?;
+        allocation.require_vram()?;
+        let device = &allocation.device;
+        if u64::from(device.ordinal) != dev_id {
+            log::debug!(
+                "VRAM {:#x}+{} was given as of device {dev_id} and is on {}",
+                range.addr(),
+                range.len(),
+                device.ordinal
+            );
+        }
+        let memory = Memory {
+            range,
+            kind: MemKind::Vram,
+            dev_id,
+            hmem: Hmem::Cuda { device: device.ordinal as i32 },
+            context: allocation.context.clone(),
+        };
+        let near = placement.rails_for_accelerator(Some(device.pci));
+        let exported = self.export(rails, &near, || {
+            cuda.set_sync_memops(&allocation)?;
+            one(cuda.export(&allocation, range.addr(), range.len())?)
+        });
+        let registration = self.register_either_way(rails, near, memory, exported).map_err(|e| {
+            if self.by_nic && !allocation.gdr_supported {
+                return e.context("this memory is not made for access by NICs (GPU Direct RDMA)");
+            }
+            e
+        })?;
+        if let Some(context) = &allocation.context {
+            self.context.get_or_init(|| context.clone());
+        }
+        Ok(registration)
+    }
+
+    fn register_neuron(
+        &self,
+        neuron: &Neuron,
+        rails: &[Arc<Rail>],
+        placement: &Placement,
+        range: MemoryRange,
+        dev_id: u64,
+    ) -> Result<Registration> {
+        let device = i32::try_from(dev_id).map_err(|_| Error::invalid("there is no such Neuron device"))?;
+        let memory =
+            Memory { range, kind: MemKind::Vram, dev_id, hmem: Hmem::Neuron { device }, context: None };
+        let near = match neuron.attached_efa(range.addr()) {
+            Ok(nic) => placement.rails_at(nic, rails),
+            Err(why) => {
+                log::debug!("Neuron device {device}: no word on which EFA device is near: {why}");
+                Vec::new()
+            }
+        };
+        let near = if near.is_empty() { placement.rails_for_accelerator(None) } else { near };
+        let exported = self.export(rails, &near, || neuron.export(range.addr(), range.len()));
+        self.register_either_way(rails, near, memory, exported)
+    }
+
+    /// A dmabuf of the memory, where these rails take one.
+    fn export(
+        &self,
+        rails: &[Arc<Rail>],
+        near: &[RailId],
+        export: impl FnOnce() -> Result<DmaBuf>,
+    ) -> Result<DmaBuf> {
+        if !self.by_nic {
+            return Err(Error::not_supported("the provider copies with CUDA"));
+        }
+        if let Some(old) = near.iter().map(|rail| rails[rail.index()].device()).find(|d| !takes_dmabuf(d)) {
+            let api = old.api_version();
+            return Err(Error::not_supported(format!(
+                "libfabric speaks {api}, dmabuf came with {DMABUF_API}"
+            )));
+        }
+        export()
+    }
+
+    /// By dmabuf if there is one, else, or if that is refused, by address.
+    fn register_either_way(
+        &self,
+        rails: &[Arc<Rail>],
+        near: Vec<RailId>,
+        memory: Memory,
+        exported: Result<DmaBuf>,
+    ) -> Result<Registration> {
+        let by_dmabuf = exported.and_then(|exported| {
+            let dmabuf = Dmabuf {
+                fd: exported.fd.as_raw_fd(),
+                offset: exported.offset,
+                len: exported.len,
+                base: exported.addr - exported.offset,
+            };
+            Registration::new(rails, near.clone(), memory.clone(), Some(&dmabuf))
+        });
+        match by_dmabuf {
+            Ok(registration) => {
+                self.tell(&memory, Way::Dmabuf, "");
+                Ok(registration)
+            }
+            Err(no_dmabuf) => {
+                let registration = Registration::new(rails, near, memory.clone(), None)
+                    .map_err(|e| Error::new(e.status(), format!("{e}; by dmabuf: {no_dmabuf}")))?;
+                self.tell(&memory, Way::Address, &format!(" (dmabuf: {no_dmabuf})"));
+                Ok(registration)
+            }
+        }
+    }
+
+    /// Says once for each device how its memory is registered.
+    fn tell(&self, memory: &Memory, way: Way, why: &str) {
+        let (Hmem::Cuda { device } | Hmem::Neuron { device }) = memory.hmem else { return };
+        if !self.told.lock().unwrap_or_else(PoisonError::into_inner).insert((device, way)) {
+            return;
+        }
+        let way = match way {
+            Way::Dmabuf => "by dmabuf",
+            Way::Address => "by address",
+        };
+        log::info!("memory of {} {device} is registered {way}{why}", hmem_name(memory.hmem));
+    }
+
+    /// Attributes of a range that can be registered; `None` for one that cannot.
+    pub fn describe(&self, placement: &Placement, desc: &Desc) -> Option<BTreeMap<String, String>> {
+        let Ok(Runtime::Cuda(cuda)) = &self.runtime else { return None };
+        let allocation: Allocation = cuda.inspect(desc.addr, desc.len).ok()?;
+        allocation.require_vram().ok()?;
+        let rails = placement.rails_for_accelerator(Some(allocation.device.pci));
+        Some(BTreeMap::from([
+            ("mem".to_owned(), MemKind::Vram.to_string()),
+            ("device".to_owned(), allocation.device.ordinal.to_string()),
+            ("pci".to_owned(), allocation.device.pci.to_string()),
+            ("allocation".to_owned(), allocation.kind.to_string()),
+            ("rails".to_owned(), rails.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")),
+        ]))
+    }
+}
+
+/// The runtime whose memory can be registered on these rails, or why none.
+fn usable_runtime(rails: &[Arc<Rail>], found: &Found) -> Result<Runtime> {
+    if !Runtime::is_likely() {
+        return Err(Error::not_supported("this machine has no GPU (there is no /dev/nvidia0)"));
+    }
+    if let Some(rail) = rails.iter().find(|rail| !rail.device().has_hmem()) {
+        return Err(Error::not_supported(format!(
+            "provider {} on {} cannot register accelerator memory (FI_HMEM); copy it to host memory and register that",
+            rail.device().provider(),
+            names(&found.devices),
+        )));
+    }
+    let runtime = Runtime::get()?;
+    if found.software && !knows_interface(&rails[0], runtime) {
+        return Err(Error::not_supported(format!(
+            "libfabric at hand was built without {}, so its provider {} cannot register accelerator memory",
+            if matches!(runtime, Runtime::Cuda(_)) { "CUDA" } else { "Neuron" },
+            rails[0].device().provider()
+        )));
+    }
+    Ok(runtime)
+}
+
+/// Whether a software provider knows the runtime. They offer `FI_HMEM` whatever libfabric was built with, and refuse an
+/// interface that is not there with ENOSYS before they look at the memory. Hardware providers do not offer it then, and
+/// must not be tried with an address that is not the GPU's: efa draws conclusions from the failure.
+fn knows_interface(rail: &Rail, runtime: Runtime) -> bool {
+    let hmem = match runtime {
+        Runtime::Cuda(_) => Hmem::Cuda { device: 0 },
+        Runtime::Neuron(_) => Hmem::Neuron { device: 0 },
+    };
+    RegisteredBuffer::new_as(rail.domain(), PROBE_BYTES, next_key(), hmem)
+        .map_or_else(|error| error.status() != Status::NotSupported, |_| true)
+}
+
+fn takes_dmabuf(device: &crate::fabric::Device) -> bool {
+    device.api_version() >= DMABUF_API
+}
+
+/// The one dmabuf of a range. A registration has one key on each rail, so it cannot consist of several.
+fn one(mut exported: Vec<DmaBuf>) -> Result<DmaBuf> {
+    match (exported.pop(), exported.len()) {
+        (Some(only), 0) => Ok(only),
+        (_, others) => Err(Error::not_supported(format!(
+            "the range is backed by {} handles that the driver does not export as one; register it in parts",
+            others + 1
+        ))),
+    }
+}
+
+fn hmem_name(hmem: Hmem) -> &'static str {
+    match hmem {
+        Hmem::System => "host",
+        Hmem::Cuda { .. } => "GPU",
+        Hmem::Neuron { .. } => "Neuron device",
+    }
+}
+
+fn describe_runtime(runtime: Runtime) -> String {
+    match runtime {
+        Runtime::Cuda(cuda) => {
+            let (major, minor) = cuda.driver_version();
+            let devices: Vec<_> = cuda.devices().iter().map(|d| format!("{} {}", d.name, d.pci)).collect();
+            format!("CUDA {major}.{minor} ({}): {}", cuda.library_name(), devices.join(", "))
+        }
+        Runtime::Neuron(neuron) => format!("Neuron, {} cores", neuron.cores()),
+    }
+}
