@@ -18,6 +18,8 @@ use crate::sys::event::{EventFd, Poller};
 pub trait Driver: Send + Sync {
     /// Drives these rails once. Returns how many events were handled.
     fn drive(&self, rails: &[Arc<Rail>]) -> usize;
+    /// Whether a thread may block on these rails' wait objects now. Providers look at their queues to find out.
+    fn may_wait(&self, rails: &[Arc<Rail>]) -> bool;
     /// Looks after what has a deadline. Called every few milliseconds while something is under way.
     fn tick(&self);
     /// Whether something is under way that nobody else will wake us for.
@@ -164,7 +166,7 @@ impl Loop {
     /// Blocks on the wait objects, unless something is there already.
     fn block(&self, longest: Duration) {
         self.waker.sleeping.store(true, Ordering::SeqCst);
-        let idle = self.rails.iter().all(|rail| rail.try_wait());
+        let idle = self.driver.upgrade().is_none_or(|driver| driver.may_wait(&self.rails));
         if idle {
             self.poller.wait(longest);
         } else {

@@ -569,6 +569,12 @@ void standin_reset_counts(void) {
     for (int i = 0; i < DEVICES_MAX; i++) primary[i].refs = primary[i].refs > 0;
 }
 
+// Writes down what another stand-in sees, with the context that is current then.
+void standin_note(const char *text) {
+    LOCKED;
+    enter(text, "%s", name(top()));
+}
+
 // Copies the log, one call a line as "thread call arguments", and forgets it. Returns its length.
 size_t standin_take_log(char *into, size_t cap) {
     LOCKED;

@@ -1,12 +1,10 @@
 //! Which rails serve which memory: the topology's answer in devices, turned into rails.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use crate::config::Config;
 use crate::error::Result;
 use crate::fabric::{Device, MemoryRange};
-use crate::rail::Rail;
 use crate::topology::{Machine, RailDevice, RailMap, SelectOptions, numa_nodes_of};
 use crate::types::{Desc, MemKind, PciAddress, RailId};
 
@@ -53,12 +51,6 @@ impl Placement {
     /// Rails for memory of an accelerator, nearest first.
     pub fn rails_for_accelerator(&self, pci: Option<PciAddress>) -> Vec<RailId> {
         self.rails_of(&self.map.for_accelerator(pci))
-    }
-
-    /// Rails on the NIC at this PCI address.
-    pub fn rails_at(&self, nic: PciAddress, rails: &[Arc<Rail>]) -> Vec<RailId> {
-        let is_there = |rail: &&Arc<Rail>| rail.device().nic().and_then(|nic| nic.pci) == Some(nic);
-        rails.iter().filter(is_there).map(|rail| rail.id()).collect()
     }
 
     fn rails_of(&self, devices: &[usize]) -> Vec<RailId> {

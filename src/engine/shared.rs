@@ -259,6 +259,10 @@ impl Driver for Shared {
         handled + self.drive_copies()
     }
 
+    fn may_wait(&self, rails: &[Arc<Rail>]) -> bool {
+        self.vram.within(|| rails.iter().all(|rail| rail.try_wait()))
+    }
+
     fn tick(&self) {
         let now = Instant::now();
         let mut waiting = false;
@@ -266,7 +270,7 @@ impl Driver for Shared {
             waiting |= peer.tick(now);
         }
         self.waiting.store(waiting, Ordering::Relaxed);
-        self.deliver_mail();
+        self.vram.within(|| self.deliver_mail());
     }
 
     fn is_busy(&self) -> bool {

@@ -15,9 +15,9 @@ use crate::error::{Error, Result, Status};
 use crate::fabric::{Dmabuf, Hmem, MemoryRange, RegisteredBuffer, Version, next_key};
 use crate::memory::{Memory, Registration};
 use crate::rail::Rail;
-use crate::types::{Desc, MemKind, RailId};
+use crate::types::{Desc, MemKind, PciAddress, RailId};
 
-/// The libfabric API that takes a dmabuf (`FI_MR_DMABUF`, fi_mr(3)).
+/// The libfabric API that takes a dmabuf (`FI_MR_DMABUF`, `fi_mr(3)`).
 const DMABUF_API: Version = Version::new(1, 20);
 
 /// Bytes registered to find out whether a provider knows CUDA at all.
@@ -137,16 +137,16 @@ impl Vram {
             cuda.set_sync_memops(&allocation)?;
             one(cuda.export(&allocation, range.addr(), range.len())?)
         });
-        let registration = self.register_either_way(rails, near, memory, exported).map_err(|e| {
+        // Before there is a region, so that whoever drives next is in it.
+        if let Some(context) = &allocation.context {
+            self.context.get_or_init(|| context.clone());
+        }
+        self.register_either_way(rails, near, &memory, exported).map_err(|e| {
             if self.by_nic && !allocation.gdr_supported {
                 return e.context("this memory is not made for access by NICs (GPU Direct RDMA)");
             }
             e
-        })?;
-        if let Some(context) = &allocation.context {
-            self.context.get_or_init(|| context.clone());
-        }
-        Ok(registration)
+        })
     }
 
     fn register_neuron(
@@ -161,7 +161,7 @@ impl Vram {
         let memory =
             Memory { range, kind: MemKind::Vram, dev_id, hmem: Hmem::Neuron { device }, context: None };
         let near = match neuron.attached_efa(range.addr()) {
-            Ok(nic) => placement.rails_at(nic, rails),
+            Ok(nic) => rails_on(rails, nic),
             Err(why) => {
                 log::debug!("Neuron device {device}: no word on which EFA device is near: {why}");
                 Vec::new()
@@ -169,7 +169,7 @@ impl Vram {
         };
         let near = if near.is_empty() { placement.rails_for_accelerator(None) } else { near };
         let exported = self.export(rails, &near, || neuron.export(range.addr(), range.len()));
-        self.register_either_way(rails, near, memory, exported)
+        self.register_either_way(rails, near, &memory, exported)
     }
 
     /// A dmabuf of the memory, where these rails take one.
@@ -196,7 +196,7 @@ impl Vram {
         &self,
         rails: &[Arc<Rail>],
         near: Vec<RailId>,
-        memory: Memory,
+        memory: &Memory,
         exported: Result<DmaBuf>,
     ) -> Result<Registration> {
         let by_dmabuf = exported.and_then(|exported| {
@@ -210,13 +210,13 @@ impl Vram {
         });
         match by_dmabuf {
             Ok(registration) => {
-                self.tell(&memory, Way::Dmabuf, "");
+                self.tell(memory, Way::Dmabuf, "");
                 Ok(registration)
             }
             Err(no_dmabuf) => {
                 let registration = Registration::new(rails, near, memory.clone(), None)
                     .map_err(|e| Error::new(e.status(), format!("{e}; by dmabuf: {no_dmabuf}")))?;
-                self.tell(&memory, Way::Address, &format!(" (dmabuf: {no_dmabuf})"));
+                self.tell(memory, Way::Address, &format!(" (dmabuf: {no_dmabuf})"));
                 Ok(registration)
             }
         }
@@ -284,6 +284,12 @@ fn knows_interface(rail: &Rail, runtime: Runtime) -> bool {
     };
     RegisteredBuffer::new_as(rail.domain(), PROBE_BYTES, next_key(), hmem)
         .map_or_else(|error| error.status() != Status::NotSupported, |_| true)
+}
+
+/// Rails on the NIC at this PCI address.
+fn rails_on(rails: &[Arc<Rail>], nic: PciAddress) -> Vec<RailId> {
+    let is_there = |rail: &&Arc<Rail>| rail.device().nic().and_then(|nic| nic.pci) == Some(nic);
+    rails.iter().filter(is_there).map(|rail| rail.id()).collect()
 }
 
 fn takes_dmabuf(device: &crate::fabric::Device) -> bool {

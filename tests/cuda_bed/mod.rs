@@ -68,6 +68,11 @@ impl Bed {
         bed
     }
 
+    /// The stand-in at `path`, which the library under test has loaded or will.
+    pub fn on(path: &Path) -> Self {
+        Self { cuda: Cuda::load(Some(path)).unwrap(), handle: open_library(path) }
+    }
+
     /// The stand-in opened, and where it lies. The file may go once the library under test has loaded it.
     pub fn open() -> (*mut c_void, PathBuf) {
         static COPIES: AtomicU32 = AtomicU32::new(0);

@@ -1,0 +1,481 @@
+"""The cases that need a GPU. Each prints one line: PASS, FAIL or SKIP, its name, and what is worth knowing.
+
+    cases.py shm          everything that goes over libfabric's shm provider with CUDA IPC, or stays in one agent
+    cases.py tcp          a provider that cannot register GPU memory
+    cases.py sanitizer    a short run without PyTorch, to be started under compute-sanitizer
+"""
+
+import ctypes
+import itertools
+import os
+import platform
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+
+import cuda
+from node import BACKEND, Node, Remote, nixl
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+# One operation for each descriptor: which way the shm provider takes depends on the size of the operation, and CUDA IPC,
+# the one to be tested, is for large ones.
+WHOLE = {"striping_threshold": str(GIB), "chunk_bytes_max": str(GIB)}
+SIZES = [64 * KIB + 1, MIB, 8 * MIB, 32 * MIB]
+failures = 0
+
+
+class Skip(Exception):
+    pass
+
+
+def case(name, test, *arguments):
+    global failures
+    start = time.monotonic()
+    try:
+        verdict, note = "PASS", test(*arguments)
+    except Skip as reason:
+        verdict, note = "SKIP", str(reason)
+    except Exception as error:
+        verdict, note = "FAIL", f"{type(error).__name__}: {error}"
+        failures += 1
+        traceback.print_exc()
+    print(f"{verdict}  {name}  ({time.monotonic() - start:.1f} s){'  ' + note if note else ''}", flush=True)
+
+
+def expect(condition, words):
+    if not condition:
+        raise AssertionError(words)
+
+
+def refused(what, call, *arguments):
+    """The call must raise; its words are the answer."""
+    try:
+        call(*arguments)
+    except Exception as error:
+        return f"{what}: {type(error).__name__}"
+    raise AssertionError(f"{what} was accepted")
+
+
+# Moving bytes
+
+
+def meet(a, b):
+    for one, other in ((a, b), (b, a)):
+        if one is not other:
+            try:
+                one.forget(other.name)
+            except Exception:
+                pass
+            one.meet(other.metadata())
+
+
+def move(a, b, operation, here, there, size, devices=(0, 0), segments=("VRAM", "VRAM"), seed=1):
+    """One transfer of `a` with memory of `b`; every byte of the target is checked. Returns seconds."""
+    source, target = ((a, here), (b, there)) if operation == "WRITE" else ((b, there), (a, here))
+    source[0].fill(source[1], seed)
+    target[0].fill(target[1], seed + 1000)
+    handle = a.prepare(operation, ([(here, size, devices[0])], segments[0]), ([(there, size, devices[1])], segments[1]), b.name)
+    seconds = a.run(handle)
+    difference = target[0].difference(target[1], seed)
+    expect(difference is None, f"{operation} of {size} bytes, {segments[0]} with {segments[1]}: {difference}")
+    del handle
+    return seconds
+
+
+def matrix(a, b, devices=(0, 0)):
+    """Every direction between VRAM and DRAM, both operations, all sizes."""
+    slowest = []
+    for size in SIZES:
+        places = {}
+        for node, device in {(a, devices[0]), (b, devices[1])}:
+            for kind in ("cudaMalloc", "pinned"):
+                for side in ("here", "there") if a is b else (("here",) if node is a else ("there",)):
+                    places[side, kind] = address = node.allocate(kind, size, device)
+                    node.register(address, size, device)
+        meet(a, b)
+        segments = {"cudaMalloc": "VRAM", "pinned": "DRAM"}
+        for near, far in (("cudaMalloc", "cudaMalloc"), ("cudaMalloc", "pinned"), ("pinned", "cudaMalloc")):
+            for operation in ("WRITE", "READ"):
+                seconds = move(
+                    a, b, operation, places["here", near], places["there", far], size, devices,
+                    (segments[near], segments[far]), seed=size % 97,
+                )
+                slowest.append((seconds, f"{operation} {segments[near]} with {segments[far]} {size}"))
+        for (side, _), address in places.items():
+            (a if side == "here" else b).free(address)
+    seconds, what = max(slowest)
+    return f"{len(slowest)} transfers, slowest {seconds * 1e3:.1f} ms ({what})"
+
+
+def many_pieces(a, b):
+    """4,096 descriptors of 8 KiB, scattered on one side."""
+    count, size = 4096, 8 * KIB
+    here, there = a.allocate("cudaMalloc", count * size), b.allocate("cudaMalloc", count * size)
+    a.register(here, count * size)
+    b.register(there, count * size)
+    meet(a, b)
+    a.fill(here, 5)
+    order = np.random.default_rng(1).permutation(count)
+    local = [(here + int(i) * size, size, 0) for i in order]
+    remote = [(there + int(i) * size, size, 0) for i in order]
+    seconds = a.run(a.prepare("WRITE", (local, "VRAM"), (remote, "VRAM"), b.name))
+    difference = b.difference(there, 5)
+    expect(difference is None, difference)
+    a.free(here)
+    b.free(there)
+    return f"{seconds * 1e3:.1f} ms"
+
+
+# Kinds of memory
+
+
+def kind_of_memory(a, b, kind, segment):
+    size = 8 * MIB
+    try:
+        address = a.allocate(kind, size)
+    except RuntimeError as error:
+        raise Skip(str(error)) from error
+    a.register(address, size, 0, segment)
+    plain = a.allocate("cudaMalloc", size)
+    a.register(plain, size)
+    notes = []
+    meet(a, a)
+    move(a, a, "WRITE", address, plain, size, segments=(segment, "VRAM"))
+    move(a, a, "READ", address, plain, size, segments=(segment, "VRAM"), seed=2)
+    there = b.allocate("cudaMalloc", size)
+    b.register(there, size)
+    meet(a, b)
+    for operation in ("WRITE", "READ"):
+        try:
+            move(a, b, operation, address, there, size, segments=(segment, "VRAM"), seed=3)
+        except AssertionError:
+            raise
+        except Exception as error:
+            notes.append(f"{operation} refused by the provider: {error}")
+    for node, what in ((a, address), (a, plain), (b, there)):
+        node.free(what)
+    return "; ".join(notes) or "within the agent and between two"
+
+
+def refused_memory(a):
+    words = []
+    for kind in ("managed", "pinned", "pageable"):
+        address = a.allocate(kind, MIB)
+        words.append(refused(f"{kind} as VRAM", a.register, address, MIB, 0, "VRAM"))
+        a.free(address)
+    address = a.allocate("cudaMalloc", MIB)
+    end = ((address >> 21) + 2) << 21
+    words.append(refused("a range beyond its allocation", a.register, address, end - address + GIB, 0, "VRAM"))
+    a.free(address)
+    words.append(refused("freed memory", a.register, address, 256 * MIB, 0, "VRAM"))
+    return "; ".join(words)
+
+
+def expandable_segments(a, torch):
+    """PyTorch's own VMM allocator."""
+    try:
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    except Exception as error:
+        raise Skip(f"PyTorch has no such switch: {error}") from error
+    try:
+        torch.cuda.empty_cache()
+        source = torch.arange(24 * MIB, dtype=torch.int32, device="cuda")
+        target = torch.zeros_like(source)
+        size = source.numel() * 4
+        for tensor in (source, target):
+            a.register(tensor.data_ptr(), size, 0, "VRAM")
+        torch.cuda.synchronize()
+        pieces = [(tensor.data_ptr(), size, 0) for tensor in (source, target)]
+        meet(a, a)
+        a.run(a.prepare("WRITE", ([pieces[0]], "VRAM"), ([pieces[1]], "VRAM"), a.name))
+        expect(torch.equal(source, target), "the tensors differ")
+        for tensor in (source, target):
+            a.deregister(tensor.data_ptr())
+    finally:
+        torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+    return f"{size} bytes"
+
+
+# A good guest
+
+
+def current_stays(a, b):
+    """Calls change neither the device nor the context of the thread, with a context and without one."""
+    size = MIB
+    states = []
+
+    def calls():
+        before = (cuda.current_context(), cuda.current_device() if cuda.current_context() else None)
+        addresses = [a.allocate("cudaMalloc", size) for _ in range(2)] if before[0] else spare
+        for address in addresses:
+            a.register(address, size, 0, "VRAM")
+            states.append((before[0], cuda.current_context(), "register"))
+        meet(a, a)
+        handle = a.prepare("WRITE", ([(addresses[0], size, 0)], "VRAM"), ([(addresses[1], size, 0)], "VRAM"), a.name)
+        a.run(handle)
+        states.append((before[0], cuda.current_context(), "transfer"))
+        a.agent.get_new_notifs()
+        states.append((before[0], cuda.current_context(), "notifications"))
+        del handle
+        for address in addresses:
+            a.deregister(address)
+            states.append((before[0], cuda.current_context(), "deregister"))
+        if before[0]:
+            expect(cuda.current_device() == before[1], "another device is current")
+            for address in addresses:
+                a.free(address)
+
+    spare = [a.allocate("cudaMalloc", size) for _ in range(2)]
+    calls()
+    thread = threading.Thread(target=calls)
+    thread.start()
+    thread.join()
+    for address in spare:
+        a.free(address)
+    changed = [what for before, after, what in states if before != after]
+    expect(not changed, f"the context changed in {changed}")
+    expect(any(before is None for before, _, _ in states), "no thread without a context took part")
+    unused = [d for d in range(1, cuda.device_count()) if cuda.context_is_active(d)]
+    expect(not unused, f"a context was made on the unused devices {unused}")
+    return f"{len(states)} calls"
+
+
+def busy_streams(a, b, torch):
+    """Transfers while several streams of PyTorch compute: neither disturbs the other."""
+    size = 32 * MIB
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    factors = torch.randn(2048, 2048, device="cuda")
+    expected = factors @ factors
+    torch.cuda.synchronize()
+    here, there, spare = a.allocate("cudaMalloc", size), b.allocate("cudaMalloc", size), a.allocate("cudaMalloc", size)
+    for node, address in ((a, here), (b, there), (a, spare)):
+        node.register(address, size)
+    meet(a, b)
+    results = []
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            for _ in range(200):
+                result = factors @ factors
+            results.append(result)
+    seconds = 0.0
+    for seed in range(3):
+        move(a, b, "WRITE", here, there, size, seed=10 + seed)
+        start = time.monotonic()
+        a.run(a.prepare("WRITE", ([(here, size, 0)], "VRAM"), ([(spare, size, 0)], "VRAM"), a.name))
+        seconds += time.monotonic() - start
+        expect(a.difference(spare, 10 + seed) is None, "the copy within the agent differs")
+    torch.cuda.synchronize()
+    expect(all(torch.equal(result, expected) for result in results), "a product is wrong")
+    for node, address in ((a, here), (b, there), (a, spare)):
+        node.free(address)
+    return f"copies within the agent took {seconds / 3 * 1e3:.2f} ms"
+
+
+def tensors(a, b, torch):
+    """Tensors as users pass them: NIXL takes address, size and device from them."""
+    source = torch.randint(0, 255, (64, 256 * KIB), dtype=torch.uint8, device="cuda")
+    target = torch.zeros_like(source)
+    torch.cuda.synchronize()
+    regions = [a.agent.register_memory([tensor], backends=[BACKEND]) for tensor in (source, target)]
+    # Every other row: descriptors that are not contiguous.
+    local, remote = (a.agent.get_xfer_descs([row for row in tensor[::2]]) for tensor in (source, target))
+    a.run(a.agent.initialize_xfer("WRITE", local, remote, a.name))
+    expect(torch.equal(source[::2], target[::2]), "rows differ")
+    expect(not target[1::2].any().item(), "rows between were written")
+    for region in regions:
+        a.agent.deregister_memory(region, backends=[BACKEND])
+    return f"{source[::2].numel()} bytes in {len(source[::2])} rows"
+
+
+def graph_capture(a, torch):
+    """A CUDA graph is captured while a transfer runs."""
+    size = 8 * MIB
+    here, there = a.allocate("cudaMalloc", size), a.allocate("cudaMalloc", size)
+    for address in (here, there):
+        a.register(address, size)
+    meet(a, a)
+    a.fill(here, 4)
+    handle = a.prepare("WRITE", ([(here, size, 0)], "VRAM"), ([(there, size, 0)], "VRAM"), a.name)
+    tensor = torch.ones(1024, device="cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        tensor * 2
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="global"):
+        doubled = tensor * 2
+        a.run(handle)
+        result = doubled + 1
+    graph.replay()
+    torch.cuda.synchronize()
+    expect(result.eq(3).all().item(), "the graph computes something else")
+    expect(a.difference(there, 4) is None, "the copy differs")
+    for address in (here, there):
+        a.free(address)
+
+
+def leaks(a):
+    size, part, rounds = 64 * MIB, 2 * MIB, 1000
+    address = a.allocate("cudaMalloc", size)
+
+    def once(i):
+        at = address + (i % 32) * part
+        a.register(at, part, 0, "VRAM")
+        a.deregister(at)
+
+    for i in range(32):
+        once(i)
+    cuda.synchronize()
+    before = cuda.open_files(), cuda.free_bytes()
+    start = time.monotonic()
+    for i in range(rounds):
+        once(i)
+    seconds = time.monotonic() - start
+    cuda.synchronize()
+    after = cuda.open_files(), cuda.free_bytes()
+    expect(before == after, f"(files, free device bytes) went from {before} to {after}")
+    a.free(address)
+    return f"{seconds / rounds * 1e6:.0f} us each"
+
+
+# Numbers
+
+
+def speed(a, b, where):
+    rows = []
+    for size in (64 * KIB, MIB, 8 * MIB, 64 * MIB, 256 * MIB):
+        if a is not b and size > 64 * MIB:
+            continue
+        here, there = a.allocate("cudaMalloc", size), b.allocate("cudaMalloc", size)
+        a.register(here, size)
+        b.register(there, size)
+        meet(a, b)
+        handle = a.prepare("WRITE", ([(here, size, 0)], "VRAM"), ([(there, size, 0)], "VRAM"), b.name)
+        a.run(handle)
+        ours = min(a.run(handle) for _ in range(10))
+        spare = a.allocate("cudaMalloc", size)
+        plain = min(plain_copy(spare, here, size) for _ in range(10))
+        del handle
+        for node, address in ((a, here), (b, there), (a, spare)):
+            node.free(address)
+        rows.append(f"{size // KIB} KiB {size / ours / 1e9:.2f} ({ours * 1e6:.0f} us) of {size / plain / 1e9:.0f}")
+    return f"{where}, GB/s of a plain cudaMemcpy's: " + ", ".join(rows)
+
+
+def plain_copy(to, source, size):
+    cuda.synchronize()
+    start = time.monotonic()
+    cuda.runtime("cudaMemcpy", ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(size), 3)
+    cuda.synchronize()
+    return time.monotonic() - start
+
+
+# The runs
+
+
+def versions():
+    fabric = ctypes.CDLL("libfabric.so.1")
+    packed = fabric.fi_version()
+    driver = ctypes.c_int()
+    cuda.driver("cuDriverGetVersion", ctypes.byref(driver))
+    nvidia = Path("/proc/driver/nvidia/version")
+    module = nvidia.read_text().splitlines()[0].split("  ")[1] if nvidia.exists() else "unknown"
+    torch = sys.modules.get("torch")
+    print(
+        f"VERSIONS  kernel {platform.release()}, NVIDIA driver {module}, CUDA driver API {driver.value}, "
+        f"{cuda.device_count()} GPUs, Python {platform.python_version()}, PyTorch {torch.__version__ if torch else '-'}, "
+        f"{nixl().__name__}, libfabric {packed >> 16}.{packed & 0xFFFF}, provider {os.environ.get('FI_PROVIDER')}",
+        flush=True,
+    )
+
+
+def vram_is_listed(a):
+    plugin, backend = a.mems()
+    expect("VRAM" in plugin and "VRAM" in backend, f"plugin {plugin}, backend {backend}")
+    return f"backend: {backend}"
+
+
+def run_shm():
+    import torch
+
+    torch.cuda.init()
+    versions()
+    a, b = Node("here", WHOLE), Node("beside", WHOLE)
+    case("memory kinds list VRAM", vram_is_listed, a)
+    case("an agent with itself", matrix, a, a)
+    case("two agents of one process", matrix, a, b)
+    case("one agent, 4,096 pieces", many_pieces, a, a)
+    far = None
+    try:
+        far = Remote("there", WHOLE)
+    except Exception as error:
+        print(f"FAIL  a second process  {error}", flush=True)
+    if far:
+        case("two processes", matrix, a, far)
+        case("two processes, 4,096 pieces", many_pieces, a, far)
+        for kind, segment in cuda.Block.KINDS.items():
+            if kind not in ("managed", "pageable"):
+                case(f"{kind} memory as {segment}", kind_of_memory, a, far, kind, segment)
+        case("PyTorch's busy streams", busy_streams, a, far, torch)
+    case("memory that is no VRAM is refused", refused_memory, a)
+    case("PyTorch's tensors", tensors, a, b, torch)
+    case("PyTorch's expandable segments", expandable_segments, a, torch)
+    case("current device and context stay", current_stays, a, b)
+    case("a graph is captured meanwhile", graph_capture, a, torch)
+    case("1,000 registrations leak nothing", leaks, a)
+    case("speed within an agent", speed, a, a, "VRAM to VRAM of one agent")
+    if far:
+        case("speed between processes", speed, a, far, "VRAM to VRAM of two processes")
+        far.close()
+    if cuda.device_count() > 1:
+        case("two GPUs, one process", matrix, a, b, (0, 1))
+        case("two GPUs, an agent with itself", matrix, a, a, (0, 1))
+
+
+def run_tcp():
+    cuda.runtime("cudaFree", None)
+    versions()
+    a = Node("here")
+
+    def not_listed():
+        plugin, backend = a.mems()
+        expect("VRAM" not in backend, f"backend {backend}")
+        return f"backend: {backend}"
+
+    def not_registered():
+        address = a.allocate("cudaMalloc", MIB)
+        words = refused("VRAM", a.register, address, MIB)
+        a.free(address)
+        return words
+
+    def host_memory_works():
+        addresses = [a.allocate("pinned", MIB) for _ in range(2)]
+        for address in addresses:
+            a.register(address, MIB)
+        meet(a, a)
+        move(a, a, "WRITE", *addresses, MIB, segments=("DRAM", "DRAM"))
+
+    case("tcp: memory kinds do not list VRAM", not_listed)
+    case("tcp: VRAM is refused", not_registered)
+    case("tcp: host memory works", host_memory_works)
+
+
+def run_sanitizer():
+    global SIZES
+    SIZES = [64 * KIB + 1, 8 * MIB]
+    cuda.runtime("cudaFree", None)
+    a, b = Node("here", WHOLE), Node("beside", WHOLE)
+    case("memcheck: an agent with itself", matrix, a, a)
+    case("memcheck: two agents of one process", matrix, a, b)
+    case("memcheck: VMM memory", kind_of_memory, a, b, "VMM", "VRAM")
+
+
+if __name__ == "__main__":
+    {"shm": run_shm, "tcp": run_tcp, "sanitizer": run_sanitizer}[sys.argv[1]]()
+    sys.stdout.flush()
+    # Interpreters differ in the order in which they end things at exit; what is tested is over.
+    os._exit(1 if failures else 0)

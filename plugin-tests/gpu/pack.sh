@@ -1,0 +1,30 @@
+#!/bin/sh
+# Makes the bundle that run.sh takes to a machine with a GPU.
+#
+#   pack.sh PLUGIN LIBFABRIC NIXL OUT
+#
+#   PLUGIN     libnixl_libfabric.so of a release build
+#   LIBFABRIC  folder with a libfabric.so.1 that was built with CUDA (--with-cuda --enable-cuda-dlopen, provider shm)
+#   NIXL       folder with an unpacked NIXL wheel for the Python there
+#   OUT        the bundle, a .tar.xz
+set -eu
+plugin=$1 libfabric=$2 nixl=$3 out=$4
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+mkdir "$folder/plugin" "$folder/libfabric" "$folder/nixl"
+cp "$plugin" "$folder/plugin/libplugin_LIBFABRIC.so"
+cp -L "$libfabric/libfabric.so.1" "$folder/libfabric/"
+# The wheel without its plugins and its expert-parallel kernels: what the bindings link, found by the loader itself.
+bindings=$(ls "$nixl"/nixl_cu1?/_bindings*.so)
+(cd "$nixl" && cp -r nixl_cu1? "$folder/nixl/")
+for library in $(ldd "$bindings" | sed -n 's/.*=> \([^ ]*\) .*/\1/p') "$(dirname "$bindings")"/_utils*.so; do
+    case $(realpath "$library") in
+    "$(realpath "$nixl")"/*)
+        inside=$(realpath --relative-to="$nixl" "$library")
+        mkdir -p "$folder/nixl/$(dirname "$inside")"
+        cp "$library" "$folder/nixl/$inside"
+        ;;
+    esac
+done
+tar -C "$folder" -cJf "$out" .
+ls -l "$out"
