@@ -95,21 +95,20 @@ impl Endpoint {
         let occupied = Occupied::new(domain)?;
         let (cq, wait_fd) = open_cq(domain, options)?;
         let av = open_av(domain)?;
-        let eq = open_eq(domain)?;
+        let event_queue = open_eq(domain)?;
+        let mut eq = None;
         let ep = open_ep(domain, device, options)?;
-        // SAFETY: the queues and the address vector stay open until the endpoint is closed; see `drop`.
-        let eq = unsafe {
+        // SAFETY: the queues and the address vector stay open until the endpoint is closed; see `drop`. The event queue
+        // moves to a variable that is older than the endpoint for that.
+        unsafe {
             ep.bind(cq.fid(), sys::FI_TRANSMIT | sys::FI_RECV)?;
             ep.bind(av.fid(), 0)?;
             // Without an event queue, the efa provider aborts the process on errors that belong to no operation.
-            match ep.bind(eq.fid(), 0) {
-                Ok(()) => Some(eq),
-                Err(error) => {
-                    log::debug!("{device:?}: no event queue on its endpoints: {error}");
-                    None
-                }
+            match ep.bind(event_queue.fid(), 0) {
+                Ok(()) => eq = Some(event_queue),
+                Err(error) => log::debug!("{device:?}: no event queue on its endpoints: {error}"),
             }
-        };
+        }
         if efa::is_efa(device.provider()) {
             efa::configure(device, options, |option, value| set_option(&ep, option, value));
         }
