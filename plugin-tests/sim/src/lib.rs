@@ -8,6 +8,7 @@
 //! - [`world`]: the network, its faults, and the rules of use that it watches over;
 //! - [`provider`]: the tables of functions;
 //! - [`agents`]: random NIXL calls on several agents, held against a small model;
+//! - [`pair`]: two agents under a test's own hands;
 //! - [`clock`]: virtual time.
 // The C headers document what the tables hold.
 #![allow(clippy::doc_markdown)]
@@ -17,6 +18,7 @@ pub mod clock;
 pub mod log;
 pub mod memory;
 pub mod network;
+pub mod pair;
 pub mod provider;
 pub mod rng;
 pub mod world;

@@ -8,7 +8,7 @@ use nixl_libfabric::wire::{Body, ControlMessage, Handshake, Immediate};
 
 use crate::clock;
 use crate::rng::mix;
-use crate::world::{Arrival, AvEntry, Connection, Entry, Ep, Injury, State};
+use crate::world::{Arrival, AvEntry, Connection, Entry, Ep, Held, Injury, State};
 
 /// Number of an operation; never used twice.
 pub type FlightId = u64;
@@ -64,6 +64,8 @@ pub(crate) struct Schedule {
     heap: BinaryHeap<Reverse<(u64, u64, Event)>>,
     /// Events that are due at hosts that have not polled yet, by endpoint.
     waiting: Vec<Vec<Event>>,
+    /// Events of writes and reads that are held back.
+    held: Vec<Event>,
     counter: u64,
     /// Time of the last ordered event from one endpoint to another.
     last: std::collections::HashMap<(usize, usize), u64>,
@@ -107,11 +109,20 @@ impl State {
 
     /// Everything whose time has come.
     pub(crate) fn run_due(&mut self) {
-        if self.faults.stalled {
+        if self.faults.held == Held::All {
             return;
+        }
+        if self.faults.held == Held::Nothing {
+            for event in std::mem::take(&mut self.schedule.held) {
+                self.run(event);
+            }
         }
         let now = clock::now_ns();
         while let Some(event) = self.schedule.take_due(now) {
+            if self.faults.held == Held::Rma && self.is_rma(event) {
+                self.schedule.held.push(event);
+                continue;
+            }
             match self.waits_for_host(event) {
                 Some(ep) => {
                     let waiting = &mut self.schedule.waiting;
@@ -131,6 +142,14 @@ impl State {
         for event in waiting {
             self.run(event);
         }
+    }
+
+    fn is_rma(&self, event: Event) -> bool {
+        let (Event::Piece { flight, .. }
+        | Event::Arrive { flight }
+        | Event::Complete { flight }
+        | Event::Fail { flight, .. }) = event;
+        self.flights.get(&flight).is_some_and(|flight| flight.what != What::Send)
     }
 
     fn waits_for_host(&self, event: Event) -> Option<usize> {
@@ -165,7 +184,11 @@ impl State {
             return;
         }
         let chance = if message { self.faults.send_error } else { self.faults.rma_error };
-        let fails = self.rng.chance(chance);
+        let mut fails = self.rng.chance(chance);
+        if message && self.faults.sends_to_fail > 0 {
+            self.faults.sends_to_fail -= 1;
+            fails = true;
+        }
         let pieces = if message { 1 } else { self.rng.within(1, PIECES_MAX.min(len.max(1) as u64)) };
         let left_at_failure = fails.then(|| self.rng.within(1, pieces) as u32);
         let flight = self.flights.get_mut(&id).expect("it was just there");

@@ -513,6 +513,7 @@ unsafe extern "C" fn open_ep(
         cq: None,
         av: None,
         eq: None,
+        eq_offered: false,
         enabled: false,
         closed: false,
         tx_size,
@@ -610,6 +611,9 @@ unsafe extern "C" fn bind(one: *mut sys::fid, other: *mut sys::fid, _: u64) -> c
         state.breach("fi_ep_bind on something else, or after fi_enable");
         return -libc::EINVAL;
     }
+    if to == Kind::Eq as usize {
+        state.eps[ep.index].eq_offered = true;
+    }
     if state.setup_fails() {
         return -libc::ENOMEM;
     }
@@ -657,7 +661,7 @@ unsafe extern "C" fn control(one: *mut sys::fid, command: c_int, _: *mut c_void)
     }
     let this = &mut state.eps[ep.index];
     this.enabled = this.cq.is_some() && this.av.is_some();
-    if !this.enabled || this.eq.is_none() {
+    if !this.enabled || !this.eq_offered {
         state.breach("an endpoint is enabled without its queues, its event queue or its address vector");
     }
     0

@@ -83,6 +83,21 @@ pub const TCP: Profile = Profile {
     ..EFA
 };
 
+/// A provider whose registrations are bound to endpoints, as cxi's are.
+pub const BOUND_MR: Profile =
+    Profile { provider: "cxi", fabric: "cxi", virt_addr: false, mr_endpoint: true, ..EFA };
+
+/// What stands still on the network, until it goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[allow(missing_docs)]
+pub enum Held {
+    #[default]
+    Nothing,
+    /// Writes and reads; messages get through.
+    Rma,
+    All,
+}
+
 /// What goes wrong, in thousandths.
 #[derive(Debug, Clone, Default)]
 #[allow(missing_docs)]
@@ -101,8 +116,10 @@ pub struct Faults {
     pub send_error: u32,
     /// Something takes a hundred times longer than usual.
     pub slow: u32,
-    /// Nothing happens on the network at all.
-    pub stalled: bool,
+    /// What stands still on the network.
+    pub held: Held,
+    /// The next so many messages fail.
+    pub sends_to_fail: u32,
     /// The n-th call that opens or sets up something fails (counted from 0).
     pub setup_fails_at: Option<u64>,
 }
@@ -189,6 +206,8 @@ pub(crate) struct Ep {
     pub cq: Option<usize>,
     pub av: Option<usize>,
     pub eq: Option<usize>,
+    /// Somebody tried to bind an event queue. A provider may refuse.
+    pub eq_offered: bool,
     pub enabled: bool,
     pub closed: bool,
     pub tx_size: usize,
