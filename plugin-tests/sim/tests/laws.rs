@@ -215,3 +215,36 @@ fn a_dead_peer_holds_up_nobody_else() {
         group.close();
     }
 }
+
+/// A peer that stands still takes operations and messages until half of what is free is gone, and no more.
+#[test]
+fn a_peer_that_stands_still_holds_up_nobody_else() {
+    for profile in PROFILES {
+        let mut group = Group::new(3, profile, 1, OPTIONS);
+        group.live(100);
+        let pieces: Vec<_> = (0..6000).map(|i| (i * 256, 8)).collect();
+        let to_still = group.prepare(Op::Write, 0, 2, &pieces).unwrap();
+        let long = vec![1; 500_000];
+        for _ in 0..6 {
+            let _ = group.engine(0).send_notification(&group.agents[2].name, &long);
+        }
+        group.engine(0).post_xfer(&to_still, Some(&long)).unwrap();
+        for i in 0..100u64 {
+            let request = group.write(0, 1, (1_600_000, 64), Some(&i.to_le_bytes()));
+            for _ in 0..200 {
+                // Agent 2 is not called at all.
+                group.look(0);
+                group.look(1);
+                group.world.pass(10_000);
+            }
+            let done = group.engine(0).check_xfer(&request);
+            assert_eq!(done, Ok(Status::Success), "{profile:?}: a peer that stands still delays the others");
+            assert_eq!(group.got(1, &i.to_le_bytes()), 1, "{profile:?}");
+        }
+        // It goes on, and so does what is for it.
+        assert_eq!(group.finish(0, &to_still), Ok(Status::Success), "{profile:?}");
+        assert!(group.live_until(1_000, |group| group.got(2, &long) == 7), "{profile:?}");
+        drop(to_still);
+        group.close();
+    }
+}
