@@ -957,6 +957,9 @@ impl Play {
             self.run_until(1_000, |_| clock::now_ns() > until);
             return;
         }
+        if self.has_failed() {
+            return;
+        }
         for index in self.in_flight() {
             let xfer = &self.xfers[index];
             let what = format!("transfer {index} of {} with {} does not end", xfer.from, xfer.to);

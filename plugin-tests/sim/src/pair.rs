@@ -52,8 +52,25 @@ pub fn init(name: &AgentName, options: &[(&str, &str)]) -> InitParams {
 impl Group {
     /// Agents who have loaded one another.
     pub fn new(count: usize, profile: Profile, rails: usize, options: &[(&str, &str)]) -> Self {
+        let mut group = Self::unconnected(7, count, profile, rails, options);
+        for i in 0..count {
+            for j in (0..count).filter(|&j| j != i) {
+                group.load(i, j);
+            }
+        }
+        group
+    }
+
+    /// Agents who know nothing of one another.
+    pub fn unconnected(
+        seed: u64,
+        count: usize,
+        profile: Profile,
+        rails: usize,
+        options: &[(&str, &str)],
+    ) -> Self {
         let time = VirtualTime::start();
-        let world = World::new(7, profile, rails);
+        let world = World::new(seed, profile, rails);
         let mut group = Self { agents: Vec::new(), world, _time: time };
         for index in 0..count {
             let name = AgentName::from(format!("agent{index}").as_str());
@@ -66,11 +83,6 @@ impl Group {
             let local = Some(engine.register_mem(arena.range(), 0, MemKind::Dram).expect("registered"));
             let (remote, inbox) = (BTreeMap::new(), Vec::new());
             group.agents.push(Agent { name, host, engine: Some(engine), arena, local, remote, inbox });
-        }
-        for i in 0..count {
-            for j in (0..count).filter(|&j| j != i) {
-                group.load(i, j);
-            }
         }
         group
     }

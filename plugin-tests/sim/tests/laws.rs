@@ -67,7 +67,10 @@ fn a_late_failure_does_not_hurt_the_transfer_with_its_number_in_the_next_session
     group.engine(0).release_request(old).unwrap();
     hold(&group, Held::Nothing);
     // The completion lies in the queue; nobody looks.
-    group.world.pass(5_000_000);
+    for _ in 0..10 {
+        group.world.pass(1_000_000);
+    }
+    assert_eq!(group.world.state().operations_in_flight(group.agents[0].host), 0);
     hold(&group, Held::Rma);
     let new = group.write(0, 1, (4096, 64), Some(b"new"));
     group.live(20);
@@ -245,6 +248,20 @@ fn a_peer_that_stands_still_holds_up_nobody_else() {
         assert_eq!(group.finish(0, &to_still), Ok(Status::Success), "{profile:?}");
         assert!(group.live_until(1_000, |group| group.got(2, &long) == 7), "{profile:?}");
         drop(to_still);
+        group.close();
+    }
+}
+
+/// Who hears a hello may say something at once; on a fabric without order that comes before its own hello.
+#[test]
+fn nothing_overtakes_a_hello() {
+    for seed in 0..40 {
+        let mut group = Group::unconnected(seed, 2, EFA, 1, OPTIONS);
+        group.load(0, 1);
+        let name = group.agents[0].name.clone();
+        let heard = group.live_until(100, |group| group.engine(1).send_notification(&name, b"early").is_ok());
+        assert!(heard);
+        assert!(group.live_until(5_000, |group| group.got(0, b"early") == 1), "seed {seed}");
         group.close();
     }
 }
