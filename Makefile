@@ -33,11 +33,11 @@ test: check unit e2e e2e-versions ## everything that needs no GPU and no NIC
 
 check: ## formatting, lints, dependencies
 	cargo fmt --check
-	cargo clippy --all-targets --quiet -- -D warnings
+	cargo clippy --workspace --all-targets --quiet -- -D warnings
 	@if command -v cargo-deny >/dev/null; then cargo deny check; else echo "check: no cargo-deny here, licences not checked"; fi
 
 unit: setup ## the Rust tests
-	$(if $(NEXTEST),cargo nextest run,cargo test)
+	$(if $(NEXTEST),cargo nextest run --workspace,cargo test --workspace)
 
 e2e: setup plugin ## real NIXL agents on this machine: ARGS="--plugin <ours, stock or ucx> --libfabric 2.5.1,system -k ..."
 	$(E2E) $(ARGS)
@@ -49,4 +49,4 @@ bench: setup plugin ## ours beside the stock plugin and UCX: Markdown and JSON u
 	$(PYTHON) benches/compare.py $(ARGS)
 
 docs: ## the API's documentation, with warnings as errors
-	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --document-private-items
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items
