@@ -22,7 +22,7 @@ Options:
                       (rdmap*,!rdmap79s0)
   --max-rails N       at most N devices, spread evenly
   --gpu-devices MAP   overrule the map: GPU=DEVICES;GPU=DEVICES (0000:53:00.0=rdmap79s0,rdmap80s0)
-  --max-bw GB         bandwidth of one host buffer in Gb/s (option max_bw_per_dram_seg)
+  --max-bw GBPS       bandwidth of one host buffer in Gb/s (option max_bw_per_dram_seg)
   --buffer WHAT       what would be chosen for numa:NODE or gpu:PCI-ADDRESS; may be repeated
   --json              for programs
   --help              this text

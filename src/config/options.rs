@@ -59,7 +59,7 @@ options! {
     "Refuse to start on a provider that moves data through the kernel."
     "require_rdma" => require_rdma: bool = "false", SWITCH;
 
-    "Devices to use, by name or PCI address; `*` and `?` match, `!` denies. Empty: all."
+    "Devices to use, by name or PCI address; `*` and `?` match, `!` denies. Empty: all, but of a software provider's one."
     "devices" => devices: DeviceFilter = "", Range::Text("globs, comma-separated, such as `rdmap*,!0000:53:00.0`");
 
     "Most rails to use; 0: all."
@@ -78,7 +78,7 @@ options! {
     "libfabric to load. Empty: the copy already in the process, else `libfabric.so.1`, else the one of the EFA installer."
     "libfabric_path" => libfabric_path: String = "", Range::Text("a path");
 
-    "A piece above this size is cut into chunks and spread over rails."
+    "A piece of at least this size is cut into chunks and spread over rails."
     "striping_threshold" => striping_threshold_bytes: u64 = "131072", Range::Number(0, 1 << 40, BYTES);
 
     "Largest chunk."
@@ -87,13 +87,13 @@ options! {
     "Slices handed to a rail at a time."
     "split_batch_size" => split_batch_size: usize = "1024", Range::Number(1, 65_536, "slices");
 
-    "Batches that can wait for a rail."
+    "Without effect; taken because the C++ plugin has it. No queue of batches stands before a rail here."
     "post_queue_size" => post_queue_size: usize = "32768", Range::Number(1, 1 << 20, "batches");
 
     "Completion queue entries of a rail; 0: as many as can be in flight."
     "cq_entries" => cq_entries: usize = "0", Range::Number(0, 1 << 20, COUNT);
 
-    "Progress threads; 0: one for each NUMA node that has rails. Only where NIXL enables its progress thread."
+    "Progress threads, among which the rails are shared out; 0: one. Only where NIXL enables its progress thread."
     "num_threads" => num_threads: usize = "0", Range::Number(0, 64, "threads");
 
     "A progress thread polls this long after the last event before it sleeps."
@@ -105,7 +105,7 @@ options! {
     "Longest sleep without a wait object."
     "sleep_us_max" => sleep_max: Duration = "200", Range::Number(1, 1_000_000, US);
 
-    "Longest wait for a peer's answer."
+    "Longest wait for a peer that does not answer, or accepts nothing."
     "connect_timeout_ms" => connect_timeout: Duration = "30000", Range::Number(1, 3_600_000, MS);
 
     "A transfer still in flight after this fails; 0: never."
@@ -126,6 +126,6 @@ options! {
     "Most bytes of notifications that wait for one peer, outgoing and half-arrived each."
     "pending_bytes_max" => pending_bytes_max: u64 = "268435456", Range::Number(64 * KIB, 64 * GIB, BYTES);
 
-    "Copy GPU memory through host buffers where the provider cannot register it."
+    "Without effect, not built yet: copy GPU memory through host buffers where the provider cannot register it."
     "vram_staging" => vram_staging: bool = "false", SWITCH;
 }
