@@ -1,7 +1,7 @@
 //! A rail: one libfabric endpoint with its queues, and everything that is in flight on it.
 //!
-//! Whoever holds the rail's lock owns the endpoint: nobody else may post to it or look at its queues (the
-//! plugin asks libfabric for `FI_THREAD_COMPLETION`, under which providers take no locks of their own).
+//! Whoever holds the rail's lock owns the endpoint: nobody else may post to it or look at its queues (of the efa
+//! provider the plugin asks for `FI_THREAD_COMPLETION`, under which it takes no locks of its own).
 //! Others leave work in the inbox and try the lock; the owner empties the inbox before it leaves.
 //!
 //! A rail knows runs of slices, messages and destinations. It knows neither transfers nor agents.

@@ -1,4 +1,4 @@
-//! Foreign tables loaded at run time: libfabric, hwloc, libcuda. The only foreign struct layouts.
+//! Foreign tables loaded at run time: libfabric, hwloc, libcuda, libnrt. The only foreign struct layouts.
 
 pub mod cuda;
 pub mod dl;

@@ -74,7 +74,7 @@ pub struct ConnectionInfo {
 pub struct Extension {
     /// Set of [`capability`] bits. Unknown bits mean nothing to us.
     pub capabilities: u32,
-    /// Random number of this run of the agent: a peer that restarts under its old name has another.
+    /// Number of this run of the agent, greater than that of any earlier run.
     pub incarnation: u64,
     /// Largest control message that the agent can receive, in bytes.
     pub control_bytes_max: u32,
