@@ -701,10 +701,10 @@ impl Play {
         if !right {
             self.breach(format!("note {id} came to {i}, from {from}"));
         }
-        if let Some((index, posts)) = xfer.filter(|_| current && right) {
-            if self.xfers[index].posts == posts {
-                self.check_bytes(index, "notified");
-            }
+        if let Some((index, posts)) = xfer.filter(|_| current && right)
+            && self.xfers[index].posts == posts
+        {
+            self.check_bytes(index, "notified");
         }
     }
 

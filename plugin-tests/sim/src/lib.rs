@@ -10,6 +10,14 @@
 //! - [`agents`]: random NIXL calls on several agents, held against a small model;
 //! - [`pair`]: two agents under a test's own hands;
 //! - [`clock`]: virtual time.
+#![allow(
+    clippy::needless_pass_by_value,
+    clippy::should_implement_trait,
+    clippy::similar_names,
+    clippy::struct_excessive_bools,
+    clippy::type_complexity,
+    reason = "a test bed: its profile is a list of switches, and its dice have a method `next`"
+)]
 // The C headers document what the tables hold.
 #![allow(clippy::doc_markdown)]
 

@@ -18,9 +18,9 @@ impl log::Log for Printer {
 /// Starts it, once.
 pub fn start() {
     let level = std::env::var("SIM_LOG").ok().and_then(|level| level.parse().ok());
-    if let Some(level) = level {
-        if log::set_logger(&Printer).is_ok() {
-            log::set_max_level(level);
-        }
+    if let Some(level) = level
+        && log::set_logger(&Printer).is_ok()
+    {
+        log::set_max_level(level);
     }
 }

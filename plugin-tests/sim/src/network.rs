@@ -477,10 +477,10 @@ impl State {
         self.over(source, context, mr);
         let ep = &mut self.eps[source];
         ep.outstanding -= 1;
-        if let Some(av) = ep.av {
-            if let Some(entry) = self.avs[av].1.get_mut(address as usize).and_then(Option::as_mut) {
-                entry.in_flight -= 1;
-            }
+        if let Some(av) = ep.av
+            && let Some(entry) = self.avs[av].1.get_mut(address as usize).and_then(Option::as_mut)
+        {
+            entry.in_flight -= 1;
         }
         if let Some(cq) = self.eps[source].cq {
             self.cqs[cq].entries.push_back(Entry { context, flags, len: 0, data: 0, error });

@@ -834,7 +834,7 @@ unsafe extern "C" fn av_remove(av: *mut sys::fid_av, address: *mut u64, _: usize
     state.on_call();
     match state.avs[av.index].1.get_mut(address as usize).and_then(Option::take) {
         Some(entry) if entry.in_flight > 0 => {
-            state.breach("an address was removed while operations to it are in flight")
+            state.breach("an address was removed while operations to it are in flight");
         }
         Some(_) => {}
         None => state.breach("an address was removed that is not there"),

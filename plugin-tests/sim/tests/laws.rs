@@ -115,7 +115,7 @@ fn numbers_go_round() {
     for round in 0..600u32 {
         for (i, request) in requests.iter().enumerate() {
             let note = (round * 32 + i as u32).to_le_bytes();
-            let counted = (round as usize + i) % 7 != 0;
+            let counted = !(round as usize + i).is_multiple_of(7);
             sent += usize::from(counted);
             group.engine(0).post_xfer(request, counted.then_some(&note[..])).unwrap();
         }
