@@ -181,15 +181,18 @@ impl Shared {
                 "a handshake in our own name ({name}); agent names must differ"
             )));
         }
-        let peer = match &hello.conn {
-            Some(conn) => self.peers.load(&name, ConnectionInfo::decode(conn)?, false, &self.local)?,
-            None => match self.peers.get(&name) {
-                Some(peer) => peer,
-                // Its connection was removed here while the handshake was under way.
-                None => return Ok(()),
-            },
-        };
-        peer.on_hello(hello)
+        if let Some(conn) = &hello.conn {
+            let info = ConnectionInfo::decode(conn)?;
+            return self.peers.load(&name, info, false, &self.local)?.on_hello(hello);
+        }
+        if let Some(peer) = self.peers.get(&name) {
+            return peer.on_hello(hello);
+        }
+        // It was removed here while the handshake was under way.
+        if hello.extension.is_none() {
+            self.peers.hear_former(&name, hello.index);
+        }
+        Ok(())
     }
 
     fn on_write(&self, immediate: u32) -> Result<()> {

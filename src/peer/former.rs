@@ -5,8 +5,7 @@
 //! its process lives: it never gives an index of its table to somebody else, not even after it removed us, and if it
 //! has removed us, it answers our next hello with the new one.
 //!
-//! Kept as well: our index for it, because writes under way to us carry that one, and the position of the transfer
-//! numbers, because it may hold unfinished ones of ours.
+//! Kept as well: our transfer numbers, because it may hold unfinished ones.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -23,8 +22,6 @@ const FORMER_MAX: usize = 1024;
 pub(super) struct Agreement {
     /// Where its control messages went: every run of an agent has an endpoint of its own.
     pub control_endpoint: EndpointName,
-    /// Its index in our table.
-    pub index: u16,
     /// Our index in its table, if it has told.
     pub theirs: Option<u16>,
     /// Our transfer numbers.
@@ -68,7 +65,7 @@ mod tests {
 
     fn agreement(endpoint: &[u8], theirs: Option<u16>) -> Agreement {
         let control_endpoint = EndpointName::new(endpoint).unwrap();
-        Agreement { control_endpoint, index: 3, theirs, ids: Arc::new(Mutex::new(StockIds::starting_at(77))) }
+        Agreement { control_endpoint, theirs, ids: Arc::new(Mutex::new(StockIds::starting_at(77))) }
     }
 
     #[test]
@@ -78,7 +75,7 @@ mod tests {
             (EndpointName::new(b"here").unwrap(), EndpointName::new(b"elsewhere").unwrap());
         former.keep("a".into(), agreement(b"here", Some(5)));
         let again = former.take(&"a".into(), &here).expect("it was kept");
-        assert_eq!((again.index, again.theirs), (3, Some(5)));
+        assert_eq!(again.theirs, Some(5));
         assert_eq!(again.ids.lock().unwrap().position(), 77);
         assert!(former.take(&"a".into(), &here).is_none());
         former.keep("a".into(), agreement(b"here", Some(5)));

@@ -5,7 +5,8 @@
 //! link that works: the other may have removed and added us again. Nothing is sent under a session before the other
 //! side has named it: what came earlier than the hello that announces it could only be dropped, or be counted for the
 //! session before, and on EFA it does come earlier. A stock peer has no sessions; it wants an answer when its hello
-//! carries connection info.
+//! carries connection info. Its numbers go on whatever becomes of the link: it draws them from one counter for all its
+//! peers, for as long as its process lives.
 
 use crate::wire::{Handshake, HandshakeExtension};
 
@@ -25,6 +26,8 @@ pub struct Link {
     theirs: Option<Theirs>,
     /// The peer has named our session: it knows it.
     confirmed: bool,
+    /// What we know of the peer is from before its last removal here: it may have forgotten us since.
+    remembered: bool,
 }
 
 /// What a hello asks for.
@@ -41,7 +44,17 @@ pub struct Reaction {
 impl Link {
     /// A link that has heard nothing. `session` is not 0 and was never used with this peer.
     pub fn new(session: u64) -> Self {
-        Self { session, theirs: None, confirmed: false }
+        Self { session, theirs: None, confirmed: false, remembered: false }
+    }
+
+    /// A link to a stock peer that gave us `index` before it was removed here. It is used until the peer says another.
+    pub fn resumed(session: u64, index: u16) -> Self {
+        Self { session, theirs: Some(Theirs { session: 0, index }), confirmed: true, remembered: true }
+    }
+
+    /// Whether the peer may lack our connection info.
+    pub fn wants_conn(&self) -> bool {
+        self.theirs.is_none() || self.remembered
     }
 
     /// Our session.
@@ -68,10 +81,10 @@ impl Link {
     /// Takes in the peer's handshake.
     pub fn on_hello(&mut self, hello: &Handshake, fresh_session: impl FnOnce() -> u64) -> Reaction {
         let Some(extension) = hello.extension else {
-            let receive_anew = self.theirs.is_some_and(|t| t.index != hello.index);
             self.theirs = Some(Theirs { session: 0, index: hello.index });
             self.confirmed = true;
-            return Reaction { answer: hello.conn.is_some(), receive_anew, send_anew: false };
+            self.remembered = false;
+            return Reaction { answer: hello.conn.is_some(), ..Reaction::default() };
         };
         let names_ours = extension.peer_session == self.session;
         let names_older = extension.peer_session != 0 && !names_ours;
@@ -220,5 +233,27 @@ mod tests {
         assert_eq!(link.theirs(), Some(Theirs { session: 0, index: 7 }));
         hello.conn = Some(vec![1]);
         assert!(link.on_hello(&hello, || 2).answer);
+    }
+
+    #[test]
+    fn a_stock_peer_that_adds_us_again_keeps_what_it_has_sent() {
+        let mut link = Link::new(1);
+        let mut hello = Handshake { index: 7, name: b"s".to_vec(), conn: Some(vec![1]), extension: None };
+        link.on_hello(&hello, || 2);
+        hello.index = 8;
+        let answer_only = Reaction { answer: true, ..Reaction::default() };
+        assert_eq!(link.on_hello(&hello, || 2), answer_only);
+        assert_eq!(link.ready(), Some(Theirs { session: 0, index: 8 }));
+    }
+
+    #[test]
+    fn a_remembered_index_serves_until_the_peer_gives_another() {
+        let mut link = Link::resumed(1, 7);
+        assert_eq!(link.ready(), Some(Theirs { session: 0, index: 7 }));
+        assert!(link.wants_conn(), "it may have removed us meanwhile");
+        let hello = Handshake { index: 8, name: b"s".to_vec(), conn: None, extension: None };
+        assert_eq!(link.on_hello(&hello, || 2), Reaction::default());
+        assert_eq!(link.ready(), Some(Theirs { session: 0, index: 8 }));
+        assert!(!link.wants_conn());
     }
 }

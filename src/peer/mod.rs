@@ -1,6 +1,7 @@
 //! Peers: how they are reached, what was agreed with them, and what waits until it is.
 #![forbid(unsafe_code)]
 
+mod former;
 mod link;
 mod outgoing;
 mod table;
@@ -10,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use self::former::Agreement;
 use self::link::Link;
 use self::outgoing::Outgoing;
 pub use self::table::PeerTable;
@@ -78,13 +80,20 @@ struct State {
     waiting: VecDeque<Waiting>,
     hello_at: Option<Instant>,
     waiting_since: Option<Instant>,
-    stock_ids: StockIds,
+    /// Outlives the peer: one that is met again goes on with it, while transfers of before may still fail.
+    stock_ids: Arc<Mutex<StockIds>>,
     window_ids: WindowIds,
     messages: u64,
     /// Why the peer cannot be used any more.
     gone: Option<Error>,
     /// The last control message that could not be sent.
     suspect: Option<Error>,
+}
+
+impl State {
+    fn lock_stock_ids(&self) -> MutexGuard<'_, StockIds> {
+        self.stock_ids.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 enum Waiting {
@@ -94,7 +103,21 @@ enum Waiting {
 }
 
 impl Peer {
-    fn new(name: AgentName, index: u16, info: ConnectionInfo, loaded: bool, local: &Arc<Local>) -> Self {
+    /// `former` is what was agreed with the same run of the agent before it was removed here.
+    fn new(
+        name: AgentName,
+        index: u16,
+        info: ConnectionInfo,
+        loaded: bool,
+        former: Option<Agreement>,
+        local: &Arc<Local>,
+    ) -> Self {
+        let session = local.session();
+        let (link, stock_ids) = match former {
+            Some(Agreement { theirs: Some(theirs), ids, .. }) => (Link::resumed(session, theirs), ids),
+            Some(Agreement { ids, .. }) => (Link::new(session), ids),
+            None => (Link::new(session), Arc::new(Mutex::new(StockIds::starting_at(0)))),
+        };
         let endpoints = info.endpoints.iter().map(|e| Destination(e.as_bytes().into())).collect();
         Self {
             receiver: Mutex::new(Receiver::new(name.clone(), local.receive_limits())),
@@ -104,11 +127,11 @@ impl Peer {
             info,
             loaded: AtomicBool::new(loaded),
             state: Mutex::new(State {
-                link: Link::new(local.session()),
+                link,
                 waiting: VecDeque::new(),
                 hello_at: None,
                 waiting_since: None,
-                stock_ids: StockIds::starting_at(0),
+                stock_ids,
                 window_ids: WindowIds::new(),
                 messages: 0,
                 gone: None,
@@ -138,6 +161,19 @@ impl Peer {
     /// Whether it speaks our wire.
     fn extension(&self) -> Option<&Extension> {
         self.info.extension.as_ref().filter(|e| e.speaks_v2())
+    }
+
+    /// What to remember when the peer is removed; nothing of one that speaks our wire, which answers every hello.
+    fn agreement(&self) -> Option<Agreement> {
+        if self.extension().is_some() {
+            return None;
+        }
+        let state = self.lock();
+        Some(Agreement {
+            control_endpoint: self.info.endpoints[0].clone(),
+            theirs: state.link.theirs().map(|theirs| theirs.index),
+            ids: Arc::clone(&state.stock_ids),
+        })
     }
 
     /// How fast transfers have been.
@@ -200,9 +236,9 @@ impl Peer {
 
     /// Tells the peer not to wait for the rest of a transfer. A stock peer cannot be told.
     pub fn report_failed_transfer(self: &Arc<Self>, transfer: Announced) {
-        let mut state = self.lock();
+        let state = self.lock();
         if self.extension().is_none() {
-            state.stock_ids.retire(transfer.id as u16);
+            state.lock_stock_ids().retire(transfer.id as u16);
         } else if transfer.session == state.link.session() {
             // In a newer session the number is another transfer's, and the peer has forgotten this one.
             self.post_control(&state, Body::TransferFailed { transfer_id: transfer.id, final_count: 0 });
@@ -293,7 +329,7 @@ impl Peer {
     fn transfer_id(&self, state: &mut State) -> Option<u64> {
         match self.extension() {
             Some(_) => state.window_ids.allocate(),
-            None => state.stock_ids.allocate().map(u64::from),
+            None => state.lock_stock_ids().allocate().map(u64::from),
         }
     }
 
@@ -344,7 +380,7 @@ impl Peer {
             Outgoing::fragments(self, cursor, index)
         } else {
             // A number of its own keeps the fragments of two messages apart at a stock receiver.
-            let id = state.stock_ids.allocate().unwrap_or(0);
+            let id = state.lock_stock_ids().allocate().unwrap_or(0);
             let cursor = StockFragmentCursor::new(id, 0, self.local.name.as_bytes(), &message)?;
             Outgoing::stock_fragments(self, cursor, index as u8, id)
         };
@@ -359,7 +395,7 @@ impl Peer {
         let message = Handshake {
             index: self.index,
             name: self.local.name.as_bytes().to_vec(),
-            conn: state.link.theirs().is_none().then(|| self.local.conn_info.clone()),
+            conn: state.link.wants_conn().then(|| self.local.conn_info.clone()),
             extension: Some(state.link.extension()),
         }
         .encode()?;

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use super::former::FormerPeers;
 use super::{Local, Peer};
 use crate::error::{Error, Result, Status};
 use crate::types::AgentName;
@@ -25,6 +26,7 @@ struct Inner {
     next: u16,
     /// Indices of removed peers that are still listened to, oldest first.
     lingering: VecDeque<u16>,
+    former: FormerPeers,
 }
 
 /// Removed peers that are still listened to. A peer that we removed and added again sends under its old index until
@@ -75,11 +77,17 @@ impl PeerTable {
             );
         }
         let speaks_v2 = info.extension.is_some_and(|e| e.speaks_v2());
+        let former = inner.former.take(name, &info.endpoints[0]).filter(|_| !speaks_v2);
         let index = inner.free_index(speaks_v2)?;
-        let peer = Arc::new(Peer::new(name.clone(), index, info, loaded, local));
+        let peer = Arc::new(Peer::new(name.clone(), index, info, loaded, former, local));
         inner.by_index[index as usize] = Some(Arc::clone(&peer));
         inner.by_name.insert(name.clone(), Arc::clone(&peer));
         Ok(peer)
+    }
+
+    /// Takes note of a stock peer's hello without connection info, if that peer was removed here.
+    pub fn hear_former(&self, name: &AgentName, index: u16) {
+        self.write().former.hear(name, index);
     }
 
     /// Removes a peer; its index rests before somebody else gets it.
@@ -107,6 +115,9 @@ impl Inner {
             self.forget_oldest();
         }
         peer.close(why);
+        if let Some(agreement) = peer.agreement() {
+            self.former.keep(peer.name.clone(), agreement);
+        }
     }
 
     fn forget_oldest(&mut self) -> bool {
