@@ -5,6 +5,7 @@
     target/libfabric/<version>   one libfabric each, taken out of the wheel that carries it
     target/standin               a libcuda.so.1 without a GPU, for the stock plugin only
     target/sender                a program that sends malformed control messages
+    target/receiver              a program that prints the control messages that it receives
 
 Whatever is already there is left alone, so a second run does nothing. Names on the command line limit the work:
 `install.py nixl/1.5.0 libfabric/2.5.1`. Versions: versions.toml.
@@ -93,6 +94,10 @@ def install_sender(item):
     run("g++", "-x", "c", "-O1", "-Wall", "-Wextra", "-o", item.folder / "raw_sender", HERE / "raw_sender.c", "-lfabric")
 
 
+def install_receiver(item):
+    run("g++", "-x", "c", "-O1", "-Wall", "-Wextra", "-o", item.folder / "raw_receiver", HERE / "raw_receiver.c", "-lfabric")
+
+
 def fingerprint(name):
     """So that a changed source is built anew."""
     return f"{name} {hashlib.sha256((HERE / name).read_bytes()).hexdigest()[:16]}"
@@ -106,6 +111,7 @@ def items():
         yield Item(f"libfabric/{version}", package, install_libfabric)
     yield Item("standin", fingerprint("standin_cuda.c"), install_standin)
     yield Item("sender", fingerprint("raw_sender.c"), install_sender)
+    yield Item("receiver", fingerprint("raw_receiver.c"), install_receiver)
 
 
 def main(wanted):

@@ -97,6 +97,10 @@ class Worker:
             expected[offset : offset + length] = source[start : start + length]
         return first_difference(array, expected)
 
+    def compare_part(self, buffer, start, size, seed):
+        """Compares a part of the buffer with the first bytes of stream `seed`."""
+        return first_difference(self.buffers[buffer][start : start + size], pattern(seed, size))
+
     def register(self, regions):
         """Regions are (address, length); one registration for the list."""
         descriptors = self.agent.get_reg_descs([(address, size, 0, "") for address, size in regions], "DRAM")
