@@ -7,27 +7,12 @@ import subprocess
 import pytest
 
 from bed.places import TARGET, Host
+from bed.raw import blob, endpoint_name, field
 
 MIB = 1 << 20
 NOTIFICATION, TRANSFER, HANDSHAKE = 2, 4, 8
 CONTROL_2, TRANSFER_2 = 11, 13
 ALL_ONES = 0xFFFF_FFFF
-
-
-def endpoint_name(metadata):
-    """The address of rail 0 out of an agent's metadata."""
-    at = metadata.index(b"dest_data_ep_0") + len(b"dest_data_ep_0")
-    (size,) = struct.unpack_from("<Q", metadata, at)
-    # A sockaddr_in, padded with zeros.
-    return metadata[at + 8 : at + 8 + size][:16]
-
-
-def field(tag, value):
-    return tag + struct.pack("<Q", len(value)) + value + b"|"
-
-
-def blob(*fields):
-    return b"nixlSerDes|" + b"".join(fields)
 
 
 def handshake(index=1, name=b"nobody", connection=None):
