@@ -270,7 +270,8 @@ impl StockReceiver {
         let message = payload.split_off(name_len);
         if payload != self.peer.as_bytes() {
             return Err(malformed(format!(
-                "a notification on the connection of {} names {} as its sender and is dropped",
+                "a notification on the connection of {} names {} as its sender and is dropped (an agent of NIXL before 1.4 \
+                 numbers its peers in another way: upgrade it)",
                 self.peer,
                 payload.escape_ascii()
             )));

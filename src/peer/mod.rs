@@ -20,8 +20,10 @@ use crate::notify::{Limits, Receiver, StockIds, WindowIds};
 use crate::rail::{Destination, Message, Rail};
 use crate::transfer::{Announced, Rates, Transfer};
 use crate::types::AgentName;
+use crate::wire::immediate::STOCK_PEERS_MAX;
 use crate::wire::{
-    Body, ConnectionInfo, Extension, FragmentCursor, Handshake, Immediate, StockFragmentCursor, Subject,
+    Body, CONTROL_BYTES_MAX, ConnectionInfo, Extension, FragmentCursor, Handshake, Immediate,
+    StockFragmentCursor, Subject,
 };
 
 /// Control messages waiting for one peer; beyond it new ones are refused.
@@ -158,9 +160,16 @@ impl Peer {
         self.endpoints[endpoint as usize].clone()
     }
 
-    /// Whether it speaks our wire.
+    /// What it said about itself, if it speaks our wire.
     fn extension(&self) -> Option<&Extension> {
         self.info.extension.as_ref().filter(|e| e.speaks_v2())
+    }
+
+    /// Largest control message of the version 2 wire, if the peer reads that.
+    fn v2_bytes_max(&self, link: &Link) -> Option<u32> {
+        // An index that the stock wire has no room for tells, too: its extension may be of a version we do not know.
+        let wide = || link.theirs().filter(|t| t.session != 0 && t.index >= STOCK_PEERS_MAX);
+        self.extension().map(|e| e.control_bytes_max).or_else(|| wide().map(|_| CONTROL_BYTES_MAX as u32))
     }
 
     /// What to remember when the peer is removed; nothing of one that speaks our wire, which answers every hello.
@@ -237,7 +246,7 @@ impl Peer {
     /// Tells the peer not to wait for the rest of a transfer. A stock peer cannot be told.
     pub fn report_failed_transfer(self: &Arc<Self>, transfer: Announced) {
         let state = self.lock();
-        if self.extension().is_none() {
+        if self.v2_bytes_max(&state.link).is_none() {
             state.lock_stock_ids().retire(transfer.id as u16);
         } else if transfer.session == state.link.session() {
             // In a newer session the number is another transfer's, and the peer has forgotten this one.
@@ -327,7 +336,7 @@ impl Peer {
 
     /// A number for a transfer; `None` while the peer's window is full.
     fn transfer_id(&self, state: &mut State) -> Option<u64> {
-        match self.extension() {
+        match self.v2_bytes_max(&state.link) {
             Some(_) => state.window_ids.allocate(),
             None => state.lock_stock_ids().allocate().map(u64::from),
         }
@@ -343,12 +352,12 @@ impl Peer {
         index: u16,
     ) -> Result<()> {
         let expected_writes = transfer.slice_count();
-        let (fragments, write_immediate) = if let Some(extension) = self.extension() {
+        let (fragments, write_immediate) = if let Some(bytes_max) = self.v2_bytes_max(&state.link) {
             let cursor = FragmentCursor::new(
                 state.link.session(),
                 Subject::Transfer { id, expected_writes },
                 message,
-                extension.control_bytes_max,
+                bytes_max,
             )?;
             let immediate = Immediate::Transfer { peer: index, id_low: WindowIds::low(id) };
             (Outgoing::fragments(self, cursor, index), immediate)
@@ -372,11 +381,10 @@ impl Peer {
         transfer: Option<&Arc<Transfer>>,
         index: u16,
     ) -> Result<()> {
-        let outgoing = if let Some(extension) = self.extension() {
+        let outgoing = if let Some(bytes_max) = self.v2_bytes_max(&state.link) {
             state.messages += 1;
             let subject = Subject::Message(state.messages);
-            let cursor =
-                FragmentCursor::new(state.link.session(), subject, message, extension.control_bytes_max)?;
+            let cursor = FragmentCursor::new(state.link.session(), subject, message, bytes_max)?;
             Outgoing::fragments(self, cursor, index)
         } else {
             // A number of its own keeps the fragments of two messages apart at a stock receiver.
@@ -423,6 +431,12 @@ impl Peer {
             return Err(Error::invalid(format!(
                 "a handshake of the stock wire in the name of {}, which speaks ours",
                 self.name
+            )));
+        }
+        if hello.extension.is_none() && hello.index >= STOCK_PEERS_MAX {
+            return Err(Error::invalid(format!(
+                "{} gives us the index {}, which its wire has no room for",
+                self.name, hello.index
             )));
         }
         let mut state = self.lock();
@@ -494,12 +508,7 @@ impl Peer {
         let mut state = self.lock();
         let Some(since) = state.waiting_since else { return false };
         if now.duration_since(since) > self.local.connect_timeout {
-            let error = Error::disconnected(format!(
-                "{} did not answer within {} ms (connect_timeout_ms): is it alive, does its progress thread run or \
-                 its application call NIXL, and do packets reach it? {NETWORK_HELP}",
-                self.name,
-                self.local.connect_timeout.as_millis()
-            ));
+            let error = self.no_answer();
             state.suspect = Some(error.clone());
             let ended = fail_waiting(&mut state, &error);
             drop(state);
@@ -515,6 +524,22 @@ impl Peer {
             log::warn!("no hello to {}: {e}", self.name);
         }
         true
+    }
+
+    fn no_answer(&self) -> Error {
+        // Nothing in the connection info tells NIXL 1.0 to 1.3 from later ones. They drop our hello.
+        let older = if self.extension().is_none() {
+            "It runs NIXL's C++ plugin. If that is of NIXL 1.0 to 1.3, whose wire is another (no handshake): upgrade it to \
+             1.4 or later, or to this plugin. If it knows an earlier run of this agent by its name: remove that there. "
+        } else {
+            ""
+        };
+        Error::disconnected(format!(
+            "{} did not answer our handshake within {} ms (connect_timeout_ms). {older}Is it alive, does its progress \
+             thread run or its application call NIXL, and do packets reach it? {NETWORK_HELP}",
+            self.name,
+            self.local.connect_timeout.as_millis()
+        ))
     }
 
     /// The peer is removed: nothing more is sent, and what waits fails.

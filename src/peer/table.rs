@@ -79,6 +79,8 @@ impl PeerTable {
         let speaks_v2 = info.extension.is_some_and(|e| e.speaks_v2());
         let former = inner.former.take(name, &info.endpoints[0]).filter(|_| !speaks_v2);
         let index = inner.free_index(speaks_v2)?;
+        let wire = if speaks_v2 { "version 2" } else { "the stock plugin's" };
+        log::debug!("peer {name} has {} rails, index {index}, and reads {wire} wire", info.endpoints.len());
         let peer = Arc::new(Peer::new(name.clone(), index, info, loaded, former, local));
         inner.by_index[index as usize] = Some(Arc::clone(&peer));
         inner.by_name.insert(name.clone(), Arc::clone(&peer));
