@@ -395,7 +395,7 @@ def versions():
 
 def vram_is_listed(a):
     plugin, backend = a.mems()
-    expect("VRAM" in plugin and "VRAM" in backend, f"plugin {plugin}, backend {backend}")
+    expect("VRAM_SEG" in plugin and "VRAM_SEG" in backend, f"plugin {plugin}, backend {backend}")
     return f"backend: {backend}"
 
 
@@ -443,7 +443,7 @@ def run_tcp():
 
     def not_listed():
         plugin, backend = a.mems()
-        expect("VRAM" not in backend, f"backend {backend}")
+        expect("VRAM_SEG" not in backend, f"backend {backend}")
         return f"backend: {backend}"
 
     def not_registered():

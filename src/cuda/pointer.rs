@@ -204,23 +204,26 @@ impl Cuda {
         if basics.memory_type != sys::MEMORYTYPE_DEVICE {
             return (Kind::Host, true);
         }
-        if self.attribute(addr, sys::POINTER_MEMPOOL_HANDLE).is_some_and(|pool| pool != 0) {
-            return (Kind::Async, true);
-        }
-        match self.vmm_properties(addr) {
-            Some(made) if made.location_type == sys::LOCATION_DEVICE => {
-                return (Kind::Vmm, made.gdr_capable != 0);
-            }
-            Some(_) => return (Kind::Host, true),
-            None => {}
-        }
+        // Only memory that belongs to no context is asked about further: the questions fail for other memory, and a
+        // failed call is what an application's debugging tools report.
         if basics.context.is_null() {
-            // A driver that can neither name the pool nor the VMM handle. Walking the range is right for both.
-            return (Kind::Vmm, true);
+            return self.kind_without_context(addr);
         }
         match self.attribute(addr, sys::POINTER_IS_LEGACY_IPC_CAPABLE) {
             Some(0) => (Kind::Imported, true),
             _ => (Kind::Device, true),
+        }
+    }
+
+    fn kind_without_context(&self, addr: u64) -> (Kind, bool) {
+        if self.attribute(addr, sys::POINTER_MEMPOOL_HANDLE).is_some_and(|pool| pool != 0) {
+            return (Kind::Async, true);
+        }
+        match self.vmm_properties(addr) {
+            Some(made) if made.location_type == sys::LOCATION_DEVICE => (Kind::Vmm, made.gdr_capable != 0),
+            Some(_) => (Kind::Host, true),
+            // A driver that can neither name the pool nor the VMM handle. Walking the range is right for both.
+            None => (Kind::Vmm, true),
         }
     }
 

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use super::discover::{Found, names};
 use super::placement::Placement;
 use crate::cuda::neuron::Neuron;
-use crate::cuda::{Allocation, Context, Cuda, DmaBuf, Runtime};
+use crate::cuda::{Allocation, Context, Cuda, DmaBuf, Kind, Runtime};
 use crate::error::{Error, Result, Status};
 use crate::fabric::{Dmabuf, Hmem, MemoryRange, RegisteredBuffer, Version, next_key};
 use crate::memory::{Memory, Registration};
@@ -129,7 +129,10 @@ impl Vram {
             range,
             kind: MemKind::Vram,
             dev_id,
-            hmem: Hmem::Cuda { device: device.ordinal as i32 },
+            hmem: Hmem::Cuda {
+                device: device.ordinal as i32,
+                ipc: !self.by_nic && allocation.kind == Kind::Device,
+            },
             context: allocation.context.clone(),
         };
         let near = placement.rails_for_accelerator(Some(device.pci));
@@ -224,7 +227,7 @@ impl Vram {
 
     /// Says once for each device how its memory is registered.
     fn tell(&self, memory: &Memory, way: Way, why: &str) {
-        let (Hmem::Cuda { device } | Hmem::Neuron { device }) = memory.hmem else { return };
+        let (Hmem::Cuda { device, .. } | Hmem::Neuron { device }) = memory.hmem else { return };
         if !self.told.lock().unwrap_or_else(PoisonError::into_inner).insert((device, way)) {
             return;
         }
@@ -279,7 +282,7 @@ fn usable_runtime(rails: &[Arc<Rail>], found: &Found) -> Result<Runtime> {
 /// must not be tried with an address that is not the GPU's: efa draws conclusions from the failure.
 fn knows_interface(rail: &Rail, runtime: Runtime) -> bool {
     let hmem = match runtime {
-        Runtime::Cuda(_) => Hmem::Cuda { device: 0 },
+        Runtime::Cuda(_) => Hmem::Cuda { device: 0, ipc: false },
         Runtime::Neuron(_) => Hmem::Neuron { device: 0 },
     };
     RegisteredBuffer::new_as(rail.domain(), PROBE_BYTES, next_key(), hmem)

@@ -31,6 +31,9 @@ pub enum Hmem {
     Cuda {
         /// CUDA's ordinal of the device.
         device: i32,
+        /// Whether the provider may pass the memory to another process by CUDA IPC. shm then moves it directly; where
+        /// CUDA cannot export the memory, transfers would fail.
+        ipc: bool,
     },
     /// Memory of a Neuron device.
     Neuron {
@@ -121,10 +124,15 @@ impl Domain {
         attr.requested_key = if self.device().mr_prov_key() { 0 } else { requested_key };
         (attr.iface, attr.device) = match hmem {
             Hmem::System => (sys::FI_HMEM_SYSTEM, 0),
-            Hmem::Cuda { device } => (sys::FI_HMEM_CUDA, u64::from(device as u32)),
+            Hmem::Cuda { device, .. } => (sys::FI_HMEM_CUDA, u64::from(device as u32)),
             Hmem::Neuron { device } => (sys::FI_HMEM_NEURON, u64::from(device as u32)),
         };
-        let flags = if dmabuf.is_some() { sys::FI_MR_DMABUF } else { 0 };
+        let flags = match (&dmabuf, hmem) {
+            (Some(_), _) => sys::FI_MR_DMABUF,
+            // shm takes it for leave to use CUDA IPC.
+            (None, Hmem::Cuda { ipc: true, .. }) => sys::FI_HMEM_DEVICE_ONLY,
+            _ => 0,
+        };
         let mut mr = ptr::null_mut();
         // SAFETY: the domain is open and its tables are set; `attr` and what it points to live through the call. The
         // memory is valid until the registration closes: the promise behind `MemoryRange`.

@@ -155,7 +155,7 @@ impl Registration {
         let ordinal = match (self.memory.hmem, &self.memory.context) {
             (Hmem::System, _) => return Ok(None),
             (Hmem::Cuda { .. }, Some(context)) => return Ok(Some(context.clone())),
-            (Hmem::Cuda { device }, None) => device,
+            (Hmem::Cuda { device, .. }, None) => device,
             (Hmem::Neuron { .. }, _) => {
                 return Err(Error::not_supported(format!("{self}: Neuron memory cannot be copied in place")));
             }

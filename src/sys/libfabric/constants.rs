@@ -31,6 +31,7 @@ constants! {
     FI_TRANSMIT_COMPLETE: u64 = 1 << 27;
     FI_DELIVERY_COMPLETE: u64 = 1 << 28;
     FI_HMEM: u64 = 1 << 47;
+    FI_HMEM_DEVICE_ONLY: u64 = 1 << 46;
 
     // Mode bits.
     FI_CONTEXT: u64 = 1 << 59;
