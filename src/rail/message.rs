@@ -39,15 +39,9 @@ struct Active {
     /// No fragment is left to be cut.
     exhausted: bool,
     error: Option<Error>,
-    /// A fragment that lies in its buffer and was put off by the provider.
-    staged: Option<Staged>,
-}
-
-#[derive(Clone, Copy)]
-struct Staged {
-    buffer: u32,
-    len: usize,
-    immediate: u32,
+    /// A fragment that the provider put off, and its immediate data. It holds no buffer: a dead peer may put it off
+    /// for long.
+    put_off: Option<(Vec<u8>, u32)>,
 }
 
 enum Turn {
@@ -103,7 +97,7 @@ impl Messages {
             outstanding: 0,
             exhausted: false,
             error: None,
-            staged: None,
+            put_off: None,
         });
         let queue = self.queues.entry(destination).or_default();
         if queue.is_empty() {
@@ -147,7 +141,7 @@ impl Messages {
         finished: &mut usize,
     ) -> Turn {
         while let Some(&key) = self.queues.get(&destination).and_then(VecDeque::front) {
-            let fragment = match self.stage(key, destinations) {
+            let (buffer, immediate) = match self.stage(key, destinations) {
                 Ok(Some(fragment)) => fragment,
                 Ok(None) => {
                     self.queues.get_mut(&destination).expect("it was just read").pop_front();
@@ -159,58 +153,64 @@ impl Messages {
             let entry = destinations.get(destination);
             let outcome = endpoint.send(&SendArgs {
                 buffer: &self.buffer,
-                offset: fragment.buffer as usize * MESSAGE_BYTES_MAX,
-                len: fragment.len,
-                imm: Some(fragment.immediate),
+                offset: buffer as usize * MESSAGE_BYTES_MAX,
+                len: self.scratch.len(),
+                imm: Some(immediate),
                 dest: entry.addr,
-                context: self.context_base + fragment.buffer,
+                context: self.context_base + buffer,
             });
             let message = &mut self.active[key];
             match outcome {
                 Ok(Posted::Yes) => {
-                    message.staged = None;
+                    self.free.pop();
                     message.outstanding += 1;
                     entry.messages += 1;
-                    self.in_flight[fragment.buffer as usize] = Some(key);
+                    self.in_flight[buffer as usize] = Some(key);
                     *posted += 1;
                 }
-                Ok(Posted::Again) => return Turn::Blocked,
+                Ok(Posted::Again) => {
+                    message.put_off = Some((self.scratch.clone(), immediate));
+                    return Turn::Blocked;
+                }
                 Err(e) => {
-                    message.staged = None;
                     message.exhausted = true;
                     message.error = Some(e.into());
-                    self.free.push(fragment.buffer);
                 }
             }
         }
         Turn::Empty
     }
 
-    /// The next fragment of a message, in a buffer.
+    /// Puts the next fragment of a message into a free buffer, which stays free until the fragment is posted.
     fn stage(
         &mut self,
         key: usize,
         destinations: &mut Destinations,
-    ) -> std::result::Result<Option<Staged>, Full> {
+    ) -> std::result::Result<Option<(u32, u32)>, Full> {
         let message = &mut self.active[key];
-        if message.staged.is_some() || message.exhausted {
-            return Ok(message.staged);
+        if message.exhausted {
+            return Ok(None);
         }
         // A destination may hold as many buffers as are left for all others, so that some always are.
         let held = destinations.get(message.destination).messages as usize;
         if held >= self.free.len() {
             return Err(Full);
         }
-        self.scratch.clear();
-        let Some(immediate) = message.source.next_fragment(&mut self.scratch) else {
-            message.exhausted = true;
-            return Ok(None);
+        let Some(&buffer) = self.free.last() else { return Err(Full) };
+        let immediate = if let Some((bytes, immediate)) = message.put_off.take() {
+            self.scratch = bytes;
+            immediate
+        } else {
+            self.scratch.clear();
+            let Some(immediate) = message.source.next_fragment(&mut self.scratch) else {
+                message.exhausted = true;
+                return Ok(None);
+            };
+            immediate
         };
         debug_assert!(self.scratch.len() <= MESSAGE_BYTES_MAX);
-        let Some(buffer) = self.free.pop() else { return Err(Full) };
         self.buffer.copy_in(buffer as usize * MESSAGE_BYTES_MAX, &self.scratch);
-        message.staged = Some(Staged { buffer, len: self.scratch.len(), immediate });
-        Ok(message.staged)
+        Ok(Some((buffer, immediate)))
     }
 
     /// A fragment's completion. Returns how many messages it finished (0 or 1).
@@ -234,9 +234,7 @@ impl Messages {
         entry.completed(error.as_ref(), now);
         if let Some(error) = error {
             message.error.get_or_insert(error);
-            if let Some(staged) = message.staged.take() {
-                self.free.push(staged.buffer);
-            }
+            message.put_off = None;
             message.exhausted = true;
         }
         if self.is_queued(key) { 0 } else { self.settle(key, destinations) }
@@ -281,9 +279,7 @@ impl Messages {
     ) -> usize {
         let Some(key) = self.queues.get_mut(&destination).and_then(VecDeque::pop_front) else { return 0 };
         let message = &mut self.active[key];
-        if let Some(staged) = message.staged.take() {
-            self.free.push(staged.buffer);
-        }
+        message.put_off = None;
         message.exhausted = true;
         message.error = Some(error);
         self.settle(key, destinations)
