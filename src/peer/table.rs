@@ -55,7 +55,8 @@ impl PeerTable {
     }
 
     /// Takes in connection info: of the user (`loaded`), or of a hello. A peer that is known with the same
-    /// endpoints stays as it is; one with others is a new run of the agent, and the old peer is closed.
+    /// endpoints stays as it is; one with others is a new run of the agent, and the old peer is closed. A hello of
+    /// the old run may come after that, and is refused.
     pub fn load(
         &self,
         name: &AgentName,
@@ -68,6 +69,9 @@ impl PeerTable {
             if peer.info.endpoints == info.endpoints {
                 peer.loaded.fetch_or(loaded, std::sync::atomic::Ordering::Relaxed);
                 return Ok(Arc::clone(peer));
+            }
+            if !loaded && peer.info.is_newer_than(&info) {
+                return Err(Error::not_found(format!("a handshake of a former run of {name} came late")));
             }
             log::info!("{name} has new endpoints: it was started anew, transfers with its former run fail");
             let peer = Arc::clone(peer);

@@ -168,6 +168,12 @@ impl<'a> Bytes<'a> {
 }
 
 impl ConnectionInfo {
+    /// Whether this is of a later run of the agent. Never where one of both does not tell.
+    pub fn is_newer_than(&self, other: &Self) -> bool {
+        let run = |info: &Self| info.extension.map(|extension| extension.incarnation);
+        matches!((run(self), run(other)), (Some(this), Some(that)) if this > that)
+    }
+
     /// The blob.
     pub fn encode(&self) -> Vec<u8> {
         let mut writer = Writer::new();
