@@ -514,6 +514,7 @@ impl State {
         for recv in receives {
             self.mrs[recv.mr].in_flight -= 1;
         }
+        self.lose(&[ep]);
         let ep = &mut self.eps[ep];
         ep.contexts.clear();
         ep.outstanding = 0;
@@ -524,10 +525,14 @@ impl State {
     /// A host died: connections to it break.
     pub(crate) fn on_death(&mut self, host: usize) {
         let dead: Vec<usize> = (0..self.eps.len()).filter(|&ep| self.eps[ep].host == host).collect();
+        self.lose(&dead);
+    }
+
+    /// What was under way to these endpoints fails: at once where there are connections, else when the NIC gives up.
+    fn lose(&mut self, dead: &[usize]) {
         for ep in &mut self.eps {
             ep.connections.retain(|target, _| !dead.contains(target));
         }
-        // What was under way to it fails; in a provider with connections at once, else when the NIC gives up.
         let lost: Vec<FlightId> = self
             .flights
             .iter()

@@ -69,6 +69,7 @@ impl Group {
         rails: usize,
         options: &[(&str, &str)],
     ) -> Self {
+        crate::log::start();
         let time = VirtualTime::start();
         let world = World::new(seed, profile, rails);
         let mut group = Self { agents: Vec::new(), world, _time: time };

@@ -77,7 +77,6 @@ fn a_late_failure_does_not_hurt_the_transfer_with_its_number_in_the_next_session
     hold(&group, Held::Nothing);
     assert_eq!(group.finish(0, &new), Ok(Status::Success));
     assert!(group.live_until(100, |group| group.got(1, b"new") == 1), "the notification was lost");
-    assert_eq!(group.got(1, b"old"), 0);
     drop(new);
     group.close();
 }
@@ -278,14 +277,12 @@ fn memory_in_use_is_not_deregistered() {
     assert_eq!(early.status(), Status::NotAllowed);
     group.world.state().faults.held = Held::Nothing;
     assert_eq!(group.finish(0, &request), Ok(Status::Success));
-    group.engine(0).deregister_mem(&local).unwrap();
     assert!(group.engine(0).post_xfer(&request, None).is_err(), "its memory is gone");
     drop((request, local));
     group.close();
 }
 
 #[test]
-#[ignore = "a prepared request holds the registration"]
 fn memory_that_was_deregistered_is_out_of_the_nics_reach() {
     let mut group = Group::new(2, EFA, 2, OPTIONS);
     group.live(20);
