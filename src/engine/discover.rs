@@ -159,7 +159,7 @@ fn limited(mut devices: Vec<Device>, config: &Config, software: bool) -> Vec<Dev
     if devices.len() > limit {
         let described: Vec<_> = devices.iter().map(describe).collect();
         devices =
-            spread(&Machine::discover(), &described, limit).into_iter().map(|i| devices[i].clone()).collect();
+            spread(Machine::here(), &described, limit).into_iter().map(|i| devices[i].clone()).collect();
     }
     devices
 }

@@ -31,13 +31,13 @@ impl Placement {
             }
             by_device.last_mut().expect("a device was just pushed").push(rail);
         }
-        let machine = Machine::discover();
+        let machine = Machine::here();
         let options = SelectOptions {
             max_bw_per_dram_seg_gbps: Some(config.max_bw_per_dram_seg_gbps).filter(|gbps| *gbps > 0),
             gpu_devices: config.gpu_devices.clone(),
         };
         Ok(Self {
-            map: RailMap::build(&machine, &devices, &options)?,
+            map: RailMap::build(machine, &devices, &options)?,
             rails: by_device,
             origin: machine.origin().to_string(),
         })

@@ -1,6 +1,7 @@
 //! The machine as selection sees it: a tree of places, with NUMA distances beside it.
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use crate::error::Result;
 use crate::types::PciAddress;
@@ -187,6 +188,12 @@ impl Machine {
             Ok(machine) => machine,
             Err(why) => sysfs::read(Path::new("/"), &format!("libhwloc not used: {why}")),
         }
+    }
+
+    /// [`discover`](Self::discover), once in a process: it costs hwloc about 0.3 s.
+    pub fn here() -> &'static Self {
+        static HERE: OnceLock<Machine> = OnceLock::new();
+        HERE.get_or_init(Self::discover)
     }
 
     /// The machine that a file of `lstopo --of xml` describes. Needs libhwloc.
