@@ -132,6 +132,8 @@ impl std::fmt::Display for Failure {
 pub fn run(plan: &Plan) -> Result<Summary, Failure> {
     let plan = plan.clone();
     let seed = plan.seed;
+    // Looked at once in a process: not in the time, and with the hash keys, of the first schedule.
+    nixl_libfabric::topology::Machine::here();
     let thread = std::thread::Builder::new().spawn(move || {
         let _time = VirtualTime::start();
         Play::new(plan).run()

@@ -1056,7 +1056,7 @@ impl State {
     /// Why a post does not go through now, by chance or for lack of room.
     fn post_refused(&mut self, ep: usize, order: &Order, in_batch: bool) -> Option<isize> {
         let this = &self.eps[ep];
-        let full = this.outstanding >= this.tx_size;
+        let full = this.outstanding >= this.tx_size && !self.profile.queues_in_memory;
         let target = self.address(this, order.address).and_then(|entry| entry.target);
         let waits = self.profile.connects && !self.connected(ep, target);
         // Within a batch the caller has reserved room; what it cannot foresee is left out.

@@ -48,6 +48,8 @@ pub struct Profile {
     pub rx_cq_data: bool,
     /// What is for a host happens when that host polls; else its NIC does it alone.
     pub host_driven: bool,
+    /// What the transmit queue does not hold waits in memory; else it is put off.
+    pub queues_in_memory: bool,
     /// Posts are put off while a connection is made, for ever if the peer is dead.
     pub connects: bool,
 }
@@ -64,6 +66,7 @@ pub const EFA: Profile = Profile {
     orders_sends: false,
     rx_cq_data: false,
     host_driven: false,
+    queues_in_memory: false,
     connects: false,
 };
 
@@ -79,6 +82,7 @@ pub const TCP: Profile = Profile {
     orders_writes: true,
     orders_sends: true,
     host_driven: true,
+    queues_in_memory: true,
     connects: true,
     ..EFA
 };
