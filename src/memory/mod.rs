@@ -193,6 +193,9 @@ impl Registration {
         let users = std::mem::take(&mut *self.users.lock().unwrap_or_else(PoisonError::into_inner));
         // Taken out here: where the context cannot be entered, they are dropped all the same.
         let regions: Vec<_> = self.lock_regions().iter_mut().filter_map(Option::take).collect();
+        if regions.is_empty() {
+            return;
+        }
         let closed = self.memory.within(move || {
             for user in users.iter().filter_map(Weak::upgrade) {
                 user.forget_regions();
