@@ -7,12 +7,18 @@ import pytest
 from bed.agent import Agent
 from bed.networks import LoopbackOnly, OneHost, TwoHosts
 from bed.places import LIBFABRIC_VERSIONS, NEWEST_LIBFABRIC, NIXL_VERSIONS, PLUGINS, TARGET, Host
+from bed.softefa import SoftEfa
+
+NETWORKS = ("tcp", "efa", "efa-direct")
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("nixl")
     group.addoption("--plugin", choices=PLUGINS, default="ours", help="which plugin the agents load")
     group.addoption("--nixl", choices=NIXL_VERSIONS, default=NIXL_VERSIONS[0], help="version of the nixl-cu12 wheel")
+    group.addoption("--network", choices=NETWORKS, default="tcp", help="tcp over Ethernet links, or a fabric of software EFA devices")
+    group.addoption("--devices", type=int, default=4, help="EFA devices of each host")
+    group.addoption("--seed", type=int, default=1, help="decides order and faults of the EFA devices")
     group.addoption("--libfabric", default=NEWEST_LIBFABRIC,
                     help=f"comma-separated versions, or 'all': {', '.join(LIBFABRIC_VERSIONS)}")
 
@@ -22,17 +28,21 @@ def pytest_configure(config):
         # The agents' logs of a failed test stay here until the next run.
         logs = TARGET / "e2e"
         logs.mkdir(parents=True, exist_ok=True)
-        config.option.basetemp = logs / config.getoption("plugin")
+        config.option.basetemp = logs / f"{config.getoption('plugin')}-{config.getoption('network')}"
     config.addinivalue_line("markers", "ours: speaks of what only our plugin has; skipped with the others")
+    config.addinivalue_line("markers", "tcp: speaks of Ethernet links or of libfabric's tcp; skipped on other networks")
+    config.addinivalue_line("markers", "efa: speaks of EFA devices; skipped on other networks")
     config.addinivalue_line("markers", "stock_fails(why): the stock plugin is known to fail this; expected there")
     config.addinivalue_line("markers", "ucx_fails(why): the same for UCX")
 
 
 def pytest_collection_modifyitems(config, items):
-    plugin = config.getoption("plugin")
+    plugin, network = config.getoption("plugin"), config.getoption("network")
     for item in items:
         if plugin != "ours" and item.get_closest_marker("ours"):
             item.add_marker(pytest.mark.skip(reason="speaks of our plugin only"))
+        if item.get_closest_marker("efa" if network == "tcp" else "tcp"):
+            item.add_marker(pytest.mark.skip(reason=f"does not speak of --network {network}"))
         known = item.get_closest_marker(f"{plugin}_fails")
         if known:
             item.add_marker(pytest.mark.xfail(reason=known.args[0], strict=False))
@@ -119,8 +129,23 @@ class Bed:
 
 
 @pytest.fixture
-def bed(host, one_host, tmp_path):
-    bed = Bed(host, one_host, tmp_path)
+def efa(request):
+    """A network of software EFA devices, new for each test: no fault and no counter of another test is in it."""
+    option = request.config.getoption
+    network = SoftEfa(option("devices"), option("network"), seed=option("seed"))
+    yield network
+    network.close()
+
+
+@pytest.fixture
+def network(request):
+    """What agents are on unless their test places them itself."""
+    return request.getfixturevalue("one_host" if request.config.getoption("network") == "tcp" else "efa")
+
+
+@pytest.fixture
+def bed(host, network, tmp_path):
+    bed = Bed(host, network, tmp_path)
     try:
         yield bed
         bed.close()
