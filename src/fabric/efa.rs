@@ -11,6 +11,16 @@ use crate::sys::libfabric as sys;
 /// `FI_OPT_EFA_RNR_RETRY` value for: retry for ever while the peer has no receive posted.
 const RNR_RETRY_INFINITE: usize = 7;
 
+/// Entries of an endpoint's receive queue, unless more receives are to be posted. The efa fabric fills the whole queue
+/// with packets of 9 KB of its own: the device's 8192 would be 50 MB for each rail, touched when it is opened. A write
+/// with immediate data uses one until the queue is polled; when there is none left the sender's NIC tries again.
+const RECEIVES: usize = 1024;
+
+/// Entries that a receive queue needs for so many receives of ours.
+pub fn rx_size(device: &Device, receives: u32) -> Option<usize> {
+    is_efa(device.provider()).then(|| RECEIVES.max(receives as usize))
+}
+
 /// Whether a provider name is the efa provider's, alone or under a layer.
 pub fn is_efa(provider: &str) -> bool {
     provider.split(';').next() == Some("efa")

@@ -29,6 +29,8 @@ pub struct EndpointOptions {
     pub context_count: u32,
     /// Entries of the transmit queue; `None` takes the device's.
     pub tx_size: Option<usize>,
+    /// Entries of the receive queue, at most the device's; `None` takes all of them.
+    pub rx_size: Option<usize>,
     /// Whether to ask for a file descriptor to sleep on. A provider without one is polled.
     pub want_wait_fd: bool,
     /// Whether efa may use shared memory to peers on this host.
@@ -43,6 +45,7 @@ impl Default for EndpointOptions {
             cq_entries: 0,
             context_count: 1024,
             tx_size: None,
+            rx_size: None,
             want_wait_fd: true,
             shared_memory: false,
             cuda_api: None,
@@ -273,16 +276,18 @@ fn open_ep(domain: &Domain, device: &Device, options: &EndpointOptions) -> Opene
     let fid = domain.handle().as_ptr();
     let mut ep = ptr::null_mut();
     // SAFETY: the domain is open; the entry with its attributes is complete, and ours while the guard is held: so the
-    // size that we write for the call is put back before anybody else reads it.
+    // sizes that we write for the call are put back before anybody else reads them.
     unsafe {
-        let tx = (*info).tx_attr;
-        let size = (*tx).size;
-        (*tx).size = options.tx_size.unwrap_or(size);
+        let (tx, rx) = ((*info).tx_attr, (*info).rx_attr);
+        let (tx_size, rx_size) = ((*tx).size, (*rx).size);
+        (*tx).size = options.tx_size.unwrap_or(tx_size);
+        (*rx).size = options.rx_size.map_or(rx_size, |size| size.min(rx_size));
         let status = match (*(*fid).ops).endpoint {
             Some(open) => open(fid, info, &raw mut ep, ptr::null_mut()),
             None => -libc::ENOSYS,
         };
-        (*tx).size = size;
+        (*tx).size = tx_size;
+        (*rx).size = rx_size;
         Handle::from_open("fi_endpoint", status, ep)
     }
 }

@@ -15,7 +15,7 @@ use super::run::Run;
 use super::{Command, Counters, MESSAGE_BYTES_MAX, RailEvents, RailLimits};
 use crate::error::{Error, Result};
 use crate::fabric::{
-    Completion, Device, Domain, Endpoint, EndpointOptions, MemoryRegion, Posted, Rma, RmaFlags, next_key,
+    Completion, Device, Domain, Endpoint, EndpointOptions, MemoryRegion, Posted, Rma, RmaFlags, efa, next_key,
 };
 use crate::types::{Op, RailId};
 
@@ -109,6 +109,7 @@ impl Core {
                     limits.cq_entries as usize
                 },
                 context_count: contexts,
+                rx_size: efa::rx_size(device, limits.receive_buffers),
                 want_wait_fd: limits.want_wait_fd,
                 cuda_api: limits.cuda_api,
                 ..EndpointOptions::default()
