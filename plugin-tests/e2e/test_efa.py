@@ -1,0 +1,286 @@
+"""What only EFA does: no order, many devices, silent loss, devices that die. Run with --network efa or efa-direct."""
+
+import time
+
+import pytest
+
+from bed.agent import Refused
+
+pytestmark = pytest.mark.efa
+MIB = 1 << 20
+
+
+def wrote(network, host, devices=None):
+    """Bytes written by RDMA, by device, of the devices that wrote."""
+    counters = network.host(host, devices).counters()
+    return {name: values["rdma_write_bytes"] for name, values in counters.items() if values["rdma_write_bytes"]}
+
+
+def was_written(network, host, devices=None):
+    counters = network.host(host, devices).counters()
+    return {name: values["rdma_write_recv_bytes"] for name, values in counters.items() if values["rdma_write_recv_bytes"]}
+
+
+def write_all(first, second, size, seed):
+    source, target = first.buffer(size, seed=seed), second.buffer(size)
+    first.knows(second)
+    first.transfer("WRITE", [source[:]], [target[:]], second, b"all")
+    second.receives(b"all", sender=first)
+    target.check(seed)
+
+
+def test_devices_become_rails(bed, efa, request):
+    agent = bed.agent(progress_thread=True)
+    log = agent.log_text()
+    assert f"{request.config.getoption('--devices')} rails" in log and "provider efa" in log
+    assert "WARN" not in log, "an RDMA device is nothing to warn of"
+
+
+@pytest.mark.ours
+@pytest.mark.parametrize("disorder", ["", "reorder_us=2000 hold_pct=60", "ack_delay_us=300 jitter_us=500", "rnr_pct=20"],
+                         ids=["as-it-comes", "disorder", "late-acknowledged", "receiver-not-ready"])
+def test_done_means_arrived(bed, efa, progress, disorder):
+    """The data is looked at the moment a silent write is DONE, and the moment the notification of another is there."""
+    efa.control(disorder)
+    size = 3 * MIB
+    first, second = bed.pair(progress_thread=progress)
+    source, target, marked = first.buffer(size, seed=1), second.buffer(size), second.buffer(size)
+    first.knows(second)
+    for turn in range(8):
+        source.fill(10 + turn)
+        first.transfer("WRITE", [source[:]], [target[:]], second)
+        target.check(10 + turn)
+        second.begin("run", "test_notify", "receive_and_compare", (marked.number, 10 + turn))
+        first.transfer("WRITE", [source[:]], [marked[:]], second, b"there")
+        assert second.finish(60) is None
+
+
+def mixed_posts(worker, local, remote, peer, count, silent_each):
+    """Posts one write after the other, each `silent_each`-th without a notification; returns how many were notified."""
+    depth, notified = 32, 0
+    loud = [worker.prepare("WRITE", [local], [remote], peer, b"x") for _ in range(depth)]
+    silent = [worker.prepare("WRITE", [local], [remote], peer) for _ in range(depth)]
+    flying = []
+    for number in range(count):
+        quiet = number % silent_each == 0
+        slot = number % depth
+        handle = (silent if quiet else loud)[slot]
+        if len(flying) == depth:
+            # The slot's last post, if it still flies, is the oldest.
+            assert worker.wait(flying.pop(0), 30) == "DONE"
+        worker.post(handle, b"" if quiet else b"%d" % number)
+        notified += not quiet
+        flying.append(handle)
+    for handle in flying:
+        assert worker.wait(handle, 30) == "DONE"
+    for handle in loud + silent:
+        worker.release(handle)
+    return notified
+
+
+def count_numbers(worker, count, seconds):
+    """Receives `count` notifications: how many different ones, and how many in all."""
+    texts = [text for _, text in worker.receive(count, seconds)]
+    return len(set(texts)), len(texts)
+
+
+@pytest.mark.stock_fails("transfers of one peer are numbered by 16 bits, and silent ones stay in its receiver's table")
+def test_seventy_thousand_notified(bed, efa, progress):
+    """More notified transfers to one peer than 16 bits can number, with silent ones between."""
+    count, silent_each = 84_000, 6
+    first, second = bed.pair(progress_thread=progress)
+    source, target = first.buffer(4096, seed=1), second.buffer(4096)
+    first.knows(second)
+    expected = count - count // silent_each
+    second.begin("run", __name__, "count_numbers", (expected, 240))
+    assert first.run(mixed_posts, source[:256], target[:256], second.name, count, silent_each, deadline=240) == expected
+    assert second.finish(60) == (expected, expected)
+    assert second.call("receive", 1, 0.2) == [], "a notification came twice"
+    target.check(1, [(0, 0, 256)])
+
+
+@pytest.mark.ours
+@pytest.mark.parametrize(("near", "far"), [(32, 4), (4, 32)])
+def test_unequal_hosts(bed, host, efa, progress, near, far):
+    """32 devices on one side and 4 on the other: each rail that memory of the smaller side lies on carries its part."""
+    efa.devices = near
+    first = bed.agent("first", progress_thread=progress, max_bw_per_dram_seg=1_000_000)
+    efa.devices = far
+    second = bed.agent("second", progress_thread=progress, max_bw_per_dram_seg=1_000_000)
+    first.knows(second), second.knows(first)
+    write_all(first, second, 32 * MIB, 1)
+    sent, landed = wrote(efa, 0, near), was_written(efa, 1, far)
+    assert sum(sent.values()) == sum(landed.values()) == 32 * MIB
+    for side, share, devices in ((sent, "sent", near), (landed, "landed", far)):
+        if devices == min(near, far):
+            assert len(side) == devices, f"{share}: {side}"
+            assert min(side.values()) > 32 * MIB // devices // 2, f"{share}: {side}"
+
+
+@pytest.mark.ours
+def test_memory_is_only_on_its_rails(bed, efa, progress):
+    """What the topology gives host memory is what carries it, on both sides, and all of that does."""
+    first, second = bed.pair(progress_thread=progress, max_bw_per_dram_seg=200)
+    write_all(first, second, 16 * MIB, 1)
+    sent, landed = wrote(efa, 0), was_written(efa, 1)
+    assert len(sent) == len(landed) == 2, f"{sent} {landed}: two rails of 100 Gb/s"
+    assert sum(sent.values()) == 16 * MIB
+
+
+@pytest.mark.ours
+def test_silent_drop_names_the_remedy(bed, efa, progress):
+    """A wrong security group: everything leaves and nothing arrives. The error says where to look."""
+    first, second = bed.pair(progress_thread=progress, connect_timeout_ms=2500)
+    efa.control("src=h0 drop_pct=100 unreachable_ms=never")
+    source, target = first.buffer(MIB, seed=1), second.buffer(MIB)
+    try:
+        first.knows(second)
+        first.transfer("WRITE", [source[:]], [target[:]], second, b"lost", deadline=15)
+        raise AssertionError("DONE, and nothing can have arrived")
+    except Refused as refused:
+        assert "DISCONNECT" in str(refused)
+    assert "security group" in first.log_text() and "tx_pkts" in first.log_text()
+    sent = sum(values["tx_pkts"] for values in efa.host(0).counters().values())
+    assert sent > 0
+
+
+@pytest.mark.ours
+def test_unreachable_names_the_remedy(bed, efa, progress):
+    """The same, where the device gives up by itself."""
+    first, second = bed.pair(progress_thread=progress, connect_timeout_ms=8000)
+    efa.control("src=h0 drop_pct=100 unreachable_ms=300")
+    source, target = first.buffer(MIB, seed=1), second.buffer(MIB)
+    first.knows(second)
+    with pytest.raises(Refused) as refused:
+        first.transfer("WRITE", [source[:]], [target[:]], second, b"lost", deadline=15)
+    assert "DISCONNECT" in str(refused.value)
+    assert "security group" in first.log_text()
+
+
+def ends(agent, handle, seconds):
+    """How a request ends: a state, or the error's text."""
+    try:
+        return agent.call("wait", handle, seconds, deadline=seconds + 10)
+    except Refused as refused:
+        return str(refused)
+
+
+@pytest.mark.ours
+def test_device_that_dies(bed, efa, progress):
+    """One device of the peer dies in the middle: the transfer fails in words, another peer is not touched."""
+    first, second = bed.pair(progress_thread=progress)
+    third = bed.agent("third", progress_thread=progress)
+    first.knows(third), third.knows(first)
+    write_all(first, second, 8 * MIB, 1)
+    write_all(first, third, MIB, 2)
+    (dying, *_) = was_written(efa, 1)
+    source, target = first.buffer(64 * MIB, seed=3), second.buffer(64 * MIB)
+    first.knows(second)
+    handle = first.prepare("WRITE", [source[:]], [target[:]], second, b"never")
+    efa.control(f"host=h1/{dying} dead=1 unreachable_ms=300")
+    first.call("post", handle, b"never")
+    assert "DISCONNECT" in ends(first, handle, 20)
+    first.call("release", handle)
+    write_all(first, third, MIB, 4)
+    # When it is well again, so are transfers.
+    efa.control()
+    write_all(first, third, MIB, 5)
+
+
+@pytest.mark.ours
+def test_device_that_is_slow(bed, efa, progress):
+    """A device at a hundredth of the others' speed delays its share and loses none."""
+    first, second = bed.pair(progress_thread=progress)
+    write_all(first, second, 8 * MIB, 1)
+    slow = next(iter(wrote(efa, 0)))
+    efa.control(f"src=h0/{slow} gbps=0.2 delay_us=1000")
+    write_all(first, second, 16 * MIB, 2)
+
+
+@pytest.mark.ours
+@pytest.mark.parametrize("status", [1, 5, 7, 9, 11, 13])
+def test_failed_operation_fails_its_transfer_alone(bed, efa, progress, status):
+    """One write in the middle ends with a status of the device: its transfer fails, the next is whole."""
+    first, second = bed.pair(progress_thread=progress)
+    write_all(first, second, 8 * MIB, 1)
+    source, target = first.buffer(24 * MIB, seed=2), second.buffer(24 * MIB)
+    first.knows(second)
+    handle = first.prepare("WRITE", [source[:]], [target[:]], second, b"half")
+    efa.control(f"src=h0 dst=h1 op=write nth=3 status={status}", f"seed={status}")
+    first.call("post", handle, b"half")
+    assert "ERR" in ends(first, handle, 30)
+    first.call("release", handle)
+    efa.control()
+    assert second.call("receive", 1, 0.3) == [], "the notification of a transfer that failed"
+    write_all(first, second, 8 * MIB, 3)
+
+
+@pytest.mark.ours
+@pytest.mark.parametrize("phase", ["before", "in", "after"])
+@pytest.mark.parametrize("deed", ["kill", "stop", "restart"])
+def test_peer_in_each_phase(bed, efa, progress, deed, phase):
+    """Killed, stopped for a while or started anew, before, in and after a transfer: the verdict is right, others go on."""
+    first, second = bed.pair(progress_thread=progress, connect_timeout_ms=4000)
+    third = bed.agent("third", progress_thread=progress)
+    first.knows(third), third.knows(first)
+    write_all(first, second, MIB, 1)
+    source, target = first.buffer(48 * MIB, seed=2), second.buffer(48 * MIB)
+    first.knows(second)
+    handle = first.prepare("WRITE", [source[:]], [target[:]], second, b"big")
+    if phase == "before":
+        (second.stop if deed == "stop" else second.kill)()
+    try:
+        first.call("post", handle, b"big")
+        posted = True
+    except Refused as refused:
+        assert phase == "before" and "DISCONNECT" in str(refused)
+        posted = False
+    if phase == "in":
+        (second.stop if deed == "stop" else second.kill)()
+    verdict = None
+    if phase == "after":
+        verdict = ends(first, handle, 30)
+        assert verdict == "DONE"
+        (second.stop if deed == "stop" else second.kill)()
+    write_all(first, third, MIB, 3)
+    if deed == "stop":
+        time.sleep(0.3)
+        second.resume()
+        assert posted and ends(first, handle, 30) == "DONE"
+        second.receives(b"big", sender=first)
+        target.check(2)
+    elif posted and verdict is None:
+        assert ends(first, handle, 30) == "DONE" or "DISCONNECT" in ends(first, handle, 30)
+    if posted:
+        first.call("release", handle)
+    if deed == "restart":
+        again = bed.process("second", network=_Same(efa, 1))
+        again.name = second.name
+        again.create(progress_thread=progress)
+        first.call("remove_remote", second.name)
+        first.knows(again), again.knows(first)
+        write_all(first, again, 8 * MIB, 5)
+    write_all(first, third, MIB, 4)
+
+
+class _Same:
+    """Places an agent on a given host."""
+
+    def __init__(self, network, host):
+        self.network, self.host = network, host
+
+    def space(self, index):
+        return self.network.host(self.host)
+
+
+@pytest.mark.ours
+def test_two_agents_of_one_host(bed, efa, progress):
+    """Agents that share their devices, and talk to a third on another host."""
+    place = _Same(efa, 0)
+    first, second = (bed.agent(name, network=place, progress_thread=progress) for name in ("first", "second"))
+    third = bed.agent("third", progress_thread=progress)
+    for agent in (first, second):
+        agent.knows(third), third.knows(agent)
+    write_all(first, third, 4 * MIB, 1)
+    write_all(second, third, 4 * MIB, 2)
+    write_all(third, first, 4 * MIB, 3)
