@@ -71,6 +71,10 @@ impl CompletionError {
         } else {
             format!("{words}: {provider_text} ({code}, provider {prov_code})")
         };
+        let text = match efa.then(|| efa::remedy(prov_code)).flatten() {
+            Some(remedy) => format!("{text}. {remedy}"),
+            None => text,
+        };
         Self { code, prov_code, text, disconnect }
     }
 
@@ -247,6 +251,8 @@ mod tests {
     fn provider_numbers_count_only_for_their_provider() {
         assert!(CompletionError::new(true, libc::EIO, 15, "").is_disconnect());
         assert!(!CompletionError::new(false, libc::EIO, 15, "").is_disconnect());
+        assert!(CompletionError::new(true, libc::EIO, 15, "").text.contains("security group"));
+        assert!(!CompletionError::new(false, libc::EIO, 15, "").text.contains("security group"));
         assert!(CompletionError::new(false, libc::ECANCELED, libc::ENOTCONN, "").is_disconnect());
         assert!(!CompletionError::new(false, libc::ECANCELED, libc::ECANCELED, "").is_disconnect());
         let error = CompletionError::new(false, libc::ECONNRESET, 0, "Connection reset by peer");

@@ -58,6 +58,19 @@ pub fn is_disconnect(prov_code: i32) -> bool {
     )
 }
 
+/// What an operator looks at when packets vanish without an error.
+pub const NETWORK_HELP: &str = "On EFA compare hw_counters/tx_pkts here with rx_pkts there: if the first rises \
+     and the second stays, the security group lacks a self-referencing egress rule, or the address is in a secondary VPC CIDR.";
+
+/// What an operator can do about a completion's provider error number, where its text does not say.
+pub fn remedy(prov_code: i32) -> Option<&'static str> {
+    match prov_code {
+        // The NIC, or the provider's handshake, got no answer.
+        13 | 15 | 4124 | 4126 => Some(NETWORK_HELP),
+        _ => None,
+    }
+}
+
 /// One endpoint option.
 #[derive(Debug, PartialEq, Eq)]
 struct Setting {

@@ -16,6 +16,7 @@ use self::link::Link;
 use self::outgoing::Outgoing;
 pub use self::table::PeerTable;
 use crate::error::{Error, Result};
+use crate::fabric::efa::NETWORK_HELP;
 use crate::notify::{Limits, Receiver, StockIds, WindowIds};
 use crate::rail::{Destination, Message, Rail};
 use crate::transfer::{Announced, Rates, Transfer};
@@ -559,10 +560,6 @@ impl Peer {
         self.receiver.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
-
-/// What an operator looks at when packets vanish without an error.
-pub const NETWORK_HELP: &str = "On EFA compare hw_counters/tx_pkts here with rx_pkts there: if the first rises \
-     and the second stays, the security group lacks a self-referencing egress rule, or the address is in a secondary VPC CIDR.";
 
 fn end_parts(ended: Vec<Arc<Transfer>>) {
     for transfer in ended {
