@@ -55,6 +55,7 @@ pub(super) fn open(
         notif_bytes_max: config.notif_bytes_max,
         pending_bytes_max: config.pending_bytes_max,
         rates: Rates::default(),
+        introduces: found.devices.iter().any(crate::fabric::efa::is_direct),
         rails,
     });
     let shared = Arc::new(Shared {

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod former;
+mod introduction;
 mod link;
 mod outgoing;
 mod table;
@@ -12,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use self::former::Agreement;
+use self::introduction::Introduction;
 use self::link::Link;
 use self::outgoing::Outgoing;
 pub use self::table::PeerTable;
@@ -50,6 +52,8 @@ pub struct Local {
     pub pending_bytes_max: u64,
     /// How fast transfers have been.
     pub rates: Rates,
+    /// A device takes RDMA only from endpoints that it was told of.
+    pub introduces: bool,
 }
 
 impl Local {
@@ -101,6 +105,8 @@ impl State {
 
 enum Waiting {
     Transfer(Arc<Transfer>, Vec<u8>),
+    /// One without a notification, to a peer that must know us first.
+    Silent(Arc<Transfer>),
     Notification(Vec<u8>),
     After(Arc<Transfer>, Vec<u8>),
 }
@@ -213,6 +219,9 @@ impl Peer {
     pub fn start(self: &Arc<Self>, transfer: &Arc<Transfer>, counted: Option<Vec<u8>>) -> Result<()> {
         let Some(message) = counted else {
             self.check()?;
+            if self.local.introduces && self.lock().link.ready().is_none() {
+                return self.accept(Waiting::Silent(Arc::clone(transfer)));
+            }
             transfer.launch(&self.local.rails, None);
             transfer.part_finished();
             return Ok(());
@@ -306,6 +315,11 @@ impl Peer {
         while let Some(next) = state.waiting.pop_front() {
             let outcome = match next {
                 Waiting::Notification(message) => self.send_message(state, message, None, theirs.index),
+                Waiting::Silent(transfer) => {
+                    transfer.launch(&self.local.rails, None);
+                    ended.push(transfer);
+                    Ok(())
+                }
                 Waiting::After(transfer, message) => {
                     let outcome = self.send_message(state, message, Some(&transfer), theirs.index);
                     if let Err(e) = &outcome {
@@ -411,7 +425,12 @@ impl Peer {
         state.hello_at = Some(Instant::now());
         state.suspect = None;
         let immediate = Immediate::StockHandshake { index: 0 };
-        self.hand_over(Outgoing::single(self, message, immediate));
+        let hello = Outgoing::single(self, message, immediate);
+        if self.local.introduces {
+            Introduction::begin(self, hello, &self.local.rails);
+        } else {
+            self.hand_over(hello);
+        }
         Ok(())
     }
 
@@ -573,7 +592,7 @@ fn fail_waiting(state: &mut State, error: &Error) -> Vec<Arc<Transfer>> {
     let mut ended = Vec::new();
     for waiting in std::mem::take(&mut state.waiting) {
         match waiting {
-            Waiting::Transfer(transfer, _) | Waiting::After(transfer, _) => {
+            Waiting::Transfer(transfer, _) | Waiting::Silent(transfer) | Waiting::After(transfer, _) => {
                 transfer.fail(error.clone());
                 ended.push(transfer);
             }

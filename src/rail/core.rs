@@ -12,7 +12,7 @@ use super::destination::{DestinationKey, Destinations};
 use super::message::Messages;
 use super::receive::Receives;
 use super::run::Run;
-use super::{Command, Counters, MESSAGE_BYTES_MAX, RailEvents, RailLimits};
+use super::{Command, Counters, Destination, MESSAGE_BYTES_MAX, RailEvents, RailLimits};
 use crate::error::{Error, Result};
 use crate::fabric::{
     Completion, Device, Domain, Endpoint, EndpointOptions, MemoryRegion, Posted, Rma, RmaFlags, efa, next_key,
@@ -171,8 +171,8 @@ impl Core {
         events: &dyn RailEvents,
     ) -> usize {
         self.now = Instant::now();
-        let mut finished = self.take_in(inbox);
-        let mut handled = self.poll(events, &mut finished);
+        let (mut finished, mut handled) = self.take_in(inbox);
+        handled += self.poll(events, &mut finished);
         // A user who never takes notifications is met by senders who wait, not by memory that fills up.
         if self.broken.is_none()
             && events.has_room()
@@ -197,13 +197,21 @@ impl Core {
         handled
     }
 
-    fn take_in(&mut self, inbox: &SegQueue<Command>) -> usize {
-        let mut finished = 0;
+    /// Takes in what was left for the rail. Returns how much of it is finished already, and how many events that was.
+    fn take_in(&mut self, inbox: &SegQueue<Command>) -> (usize, usize) {
+        let (mut finished, mut admitted) = (0, 0);
         for _ in 0..COMMANDS_PER_TURN {
             let Some(command) = inbox.pop() else { break };
             let name = match &command {
                 Command::Run(run) => &run.destination,
                 Command::Message(message) => &message.destination,
+                Command::Admit(endpoints, then) => {
+                    self.admit(endpoints);
+                    then.on_admitted();
+                    finished += 1;
+                    admitted += 1;
+                    continue;
+                }
             };
             let destination = match &self.broken {
                 Some(e) => Err(e.clone()),
@@ -229,9 +237,19 @@ impl Core {
                     message.source.on_finished(Err(e));
                     finished += 1;
                 }
+                (Command::Admit(..), _) => unreachable!("handled above"),
             }
         }
-        finished
+        (finished, admitted)
+    }
+
+    fn admit(&mut self, endpoints: &[Destination]) {
+        for endpoint in endpoints {
+            match self.destinations.acquire(endpoint, &mut self.endpoint) {
+                Ok(key) => self.destinations.release(key),
+                Err(e) => log::warn!("rail {}: an endpoint of a peer cannot be made known: {e}", self.id),
+            }
+        }
     }
 
     fn poll(&mut self, events: &dyn RailEvents, finished: &mut usize) -> usize {

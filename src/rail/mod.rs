@@ -110,9 +110,16 @@ impl fmt::Display for Counters {
     }
 }
 
+/// Who is told that a rail takes the operations of endpoints.
+pub trait Admitted: Send + Sync {
+    /// It does, or it never will. Called while the rail is held: it must not drive any rail.
+    fn on_admitted(&self);
+}
+
 enum Command {
     Run(Run),
     Message(Message),
+    Admit(Vec<Destination>, Arc<dyn Admitted>),
 }
 
 /// One network device in use.
@@ -208,6 +215,13 @@ impl Rail {
         self.inbox.push(Command::Message(message));
     }
 
+    /// Makes endpoints known that will write here or read from here, where the device wants that said (efa-direct; the
+    /// efa fabric does it by itself).
+    pub fn admit(&self, endpoints: Vec<Destination>, then: Arc<dyn Admitted>) {
+        self.unfinished.fetch_add(1, Ordering::AcqRel);
+        self.inbox.push(Command::Admit(endpoints, then));
+    }
+
     /// Drives the rail if nobody else does: takes in new work, handles completions, posts.
     ///
     /// Returns how many events it handled. Work left in the inbox while another thread held the rail is
@@ -279,6 +293,7 @@ impl Rail {
                     run.owner.on_finished();
                 }
                 Command::Message(message) => message.source.on_finished(Err(error.clone())),
+                Command::Admit(..) => {}
             }
         }
     }
