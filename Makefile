@@ -2,12 +2,13 @@
 
 PLUGINS := target/plugins
 PYTHON  := target/venv/bin/python
+CORE    := loading transfer self notify release memory hostile options peers rails threads
 E2E     := $(PYTHON) -m pytest plugin-tests/e2e -p no:cacheprovider
 NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
 # Options for the end-to-end tests, such as ARGS="--plugin stock -k notify".
 ARGS    ?=
 
-.PHONY: help setup plugin install-plugins demo test check unit e2e e2e-versions bench docs
+.PHONY: help setup plugin install-plugins demo test check unit e2e e2e-core e2e-versions bench docs
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -29,7 +30,7 @@ install-plugins: plugin ## NIXL=<site-packages> [DEST=<folder>]: ours beside the
 demo: setup plugin ## two NIXL agents move bytes through the plugin, every byte checked
 	@$(PYTHON) plugin-tests/demo.py
 
-test: check unit e2e e2e-versions ## everything that needs no GPU and no NIC
+test: check unit e2e-core e2e-versions ## what CI runs: needs no GPU and no NIC
 
 check: ## formatting, lints, dependencies
 	cargo fmt --check
@@ -41,6 +42,9 @@ unit: setup ## the Rust tests
 
 e2e: setup plugin ## real NIXL agents on this machine: ARGS="--plugin <ours, stock or ucx> --libfabric 2.5.1,system -k ..."
 	$(E2E) $(ARGS)
+
+e2e-core: setup plugin ## the end-to-end tests without the long ones: fleets of mixed kinds, software EFA devices
+	$(E2E) -q $(addprefix plugin-tests/e2e/test_,$(addsuffix .py,$(CORE)))
 
 e2e-versions: setup plugin ## the heart of them again on Debian's libfabric
 	$(E2E) --libfabric system -q plugin-tests/e2e/test_transfer.py plugin-tests/e2e/test_peers.py

@@ -129,7 +129,7 @@ def test_forged_handshake(bed, progress, connection):
     """A handshake in the name of a known peer, from somebody else, does not cut that peer off."""
     first, second = bed.pair(progress_thread=progress)
     source, target = first.buffer(MIB, seed=1), second.buffer(MIB)
-    first.knows(second)
+    first.knows(second), second.knows(first)
     first.transfer("WRITE", [source[:]], [target[:]], second, b"before")
     second.receives(b"before", sender=first)
     forged = [(immediate(HANDSHAKE), handshake(index, first.name.encode(), connection)) for index in (0, 1, 2, 200)]

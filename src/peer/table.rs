@@ -70,6 +70,12 @@ impl PeerTable {
                 peer.loaded.fetch_or(loaded, std::sync::atomic::Ordering::Relaxed);
                 return Ok(Arc::clone(peer));
             }
+            // A handshake in the name of a peer that speaks our wire, from somebody who does not: not that peer.
+            if !loaded && peer.info.extension.is_some() && info.extension.is_none() {
+                return Err(Error::invalid(format!(
+                    "a handshake in the name of {name}, with a stranger's address"
+                )));
+            }
             if !loaded && peer.info.is_newer_than(&info) {
                 return Err(Error::not_found(format!("a handshake of a former run of {name} came late")));
             }
