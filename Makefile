@@ -3,7 +3,7 @@
 PLUGINS := target/plugins
 PYTHON  := target/venv/bin/python
 CORE    := loading transfer self notify release memory hostile options peers rails threads
-E2E     := $(PYTHON) -m pytest plugin-tests/e2e -p no:cacheprovider
+E2E     := $(PYTHON) -m pytest -p no:cacheprovider
 NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
 # Options for the end-to-end tests, such as ARGS="--plugin stock -k notify".
 ARGS    ?=
@@ -41,7 +41,7 @@ unit: setup ## the Rust tests
 	$(if $(NEXTEST),cargo nextest run --workspace,cargo test --workspace)
 
 e2e: setup plugin ## real NIXL agents on this machine: ARGS="--plugin <ours, stock or ucx> --libfabric 2.5.1,system -k ..."
-	$(E2E) $(ARGS)
+	$(E2E) plugin-tests/e2e $(ARGS)
 
 e2e-core: setup plugin ## the end-to-end tests without the long ones: fleets of mixed kinds, software EFA devices
 	$(E2E) -q $(addprefix plugin-tests/e2e/test_,$(addsuffix .py,$(CORE)))
