@@ -64,7 +64,7 @@ def test_zero_length_is_explained(bed):
     buffer = agent.buffer(4096, register=False)
     with pytest.raises(Refused):
         agent.call("register", [(buffer.address, 0)])
-    assert any("ERROR" in line and "0 bytes" in line for line in agent.log_text().splitlines())
+    assert any("ERROR" in line and "length 0" in line for line in agent.log_text().splitlines())
 
 
 def test_unregistered_memory_is_refused(bed, progress):
