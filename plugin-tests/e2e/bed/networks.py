@@ -27,6 +27,13 @@ class Namespace:
     def run(self, script):
         subprocess.run([*self.enter(), "sh", "-ec", script], check=True)
 
+    def wait_for_link(self, link):
+        """The kernel raises a link some time after `ip link set up` returns; until then libfabric does not list it."""
+        self.run(
+            f"for try in $(seq 500); do ip link show dev eth{link} | grep -q 'state UP' && exit; sleep 0.01; done; "
+            f"echo eth{link} does not come up >&2; exit 1"
+        )
+
     def close(self):
         self.holder.stdin.close()
         self.holder.wait(timeout=10)
@@ -59,6 +66,7 @@ class OneHost(LoopbackOnly):
                 f"ip link add eth{link} type veth peer name far{link}; "
                 f"ip address add 10.77.{link}.1/24 dev eth{link}; ip link set eth{link} up; ip link set far{link} up"
             )
+            self.spaces[0].wait_for_link(link)
 
 
 class TwoHosts(LoopbackOnly):
@@ -74,3 +82,5 @@ class TwoHosts(LoopbackOnly):
                 f"ip address add 10.77.{link}.1/24 dev eth{link}; ip link set eth{link} up"
             )
             self.spaces[1].run(f"ip address add 10.77.{link}.2/24 dev eth{link}; ip link set eth{link} up")
+            for space in self.spaces:
+                space.wait_for_link(link)
