@@ -62,6 +62,12 @@ impl Link {
         self.session
     }
 
+    /// Ends our session in favour of a fresh one, which the peer is to be told.
+    pub fn begin_anew(&mut self, fresh_session: u64) {
+        self.session = fresh_session;
+        self.confirmed = false;
+    }
+
     /// What the peer told us, once it has.
     pub fn theirs(&self) -> Option<Theirs> {
         self.theirs

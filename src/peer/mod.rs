@@ -437,8 +437,10 @@ impl Peer {
     fn post_control(self: &Arc<Self>, state: &State, body: Body<'_>) {
         let Some(theirs) = state.link.theirs() else { return };
         let mut message = Vec::new();
-        crate::wire::ControlMessage { session: state.link.session(), body }.encode_into(&mut message);
-        self.hand_over(Outgoing::single(self, message, Immediate::Control { peer: theirs.index }));
+        let session = state.link.session();
+        crate::wire::ControlMessage { session, body }.encode_into(&mut message);
+        let immediate = Immediate::Control { peer: theirs.index };
+        self.hand_over(Outgoing::single(self, message.clone(), immediate).counted_by(message, session));
     }
 
     fn hand_over(self: &Arc<Self>, outgoing: Outgoing) {
@@ -488,6 +490,27 @@ impl Peer {
         state.window_ids.acknowledge(completed_below)?;
         self.flush(state);
         Ok(())
+    }
+
+    /// Whether what we count in this session still counts.
+    fn is_own_session(&self, session: u64) -> bool {
+        let state = self.lock();
+        state.gone.is_none() && state.link.session() == session
+    }
+
+    /// The peer could not be told what it counts by: both begin to count anew. Without that its window would stay
+    /// shut for ever.
+    fn number_anew(self: &Arc<Self>, session: u64) {
+        let mut state = self.lock();
+        if state.gone.is_some() || state.link.session() != session {
+            return;
+        }
+        state.link.begin_anew(self.local.session());
+        state.window_ids = WindowIds::new();
+        state.messages = 0;
+        if let Err(e) = self.say_hello(&mut state) {
+            log::warn!("no hello to {}: {e}", self.name);
+        }
     }
 
     /// Whether a message of this session is of the connection as it is now.

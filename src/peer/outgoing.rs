@@ -22,29 +22,61 @@ pub(super) struct Outgoing {
     immediate: u32,
     bytes: u64,
     transfer: Option<Arc<Transfer>>,
+    retry: Option<Retry>,
 }
+
+/// A message that the peer's counting depends on.
+struct Retry {
+    message: Vec<u8>,
+    session: u64,
+    left: u8,
+}
+
+/// How often such a message is sent again when sending fails. After that the numbers start anew.
+const RETRIES: u8 = 3;
 
 impl Outgoing {
     pub fn single(peer: &Arc<Peer>, message: Vec<u8>, immediate: Immediate) -> Self {
         let bytes = message.len();
-        Self::new(peer, Content::Single(Some(message)), bytes, immediate)
+        Self::new(peer, Content::Single(Some(message)), bytes, immediate.encode())
     }
 
     pub fn fragments(peer: &Arc<Peer>, cursor: FragmentCursor, index: u16) -> Self {
         let bytes = cursor.count() * crate::rail::MESSAGE_BYTES_MAX;
-        Self::new(peer, Content::Fragments(cursor), bytes, Immediate::Control { peer: index })
+        Self::new(peer, Content::Fragments(cursor), bytes, Immediate::Control { peer: index }.encode())
     }
 
     pub fn stock_fragments(peer: &Arc<Peer>, cursor: StockFragmentCursor, index: u8, id: u16) -> Self {
         let bytes = cursor.count() as usize * crate::rail::MESSAGE_BYTES_MAX;
-        Self::new(peer, Content::Stock(cursor), bytes, Immediate::StockNotification { index, id })
+        Self::new(peer, Content::Stock(cursor), bytes, Immediate::StockNotification { index, id }.encode())
     }
 
-    fn new(peer: &Arc<Peer>, content: Content, bytes: usize, immediate: Immediate) -> Self {
+    fn new(peer: &Arc<Peer>, content: Content, bytes: usize, immediate: u32) -> Self {
         let bytes = bytes as u64;
         peer.pending_messages.fetch_add(1, Ordering::Relaxed);
         peer.pending_bytes.fetch_add(bytes, Ordering::Relaxed);
-        Self { peer: Arc::clone(peer), content, immediate: immediate.encode(), bytes, transfer: None }
+        Self { peer: Arc::clone(peer), content, immediate, bytes, transfer: None, retry: None }
+    }
+
+    /// The peer must learn this for as long as the session lasts: it counts by it.
+    pub fn counted_by(mut self, message: Vec<u8>, session: u64) -> Self {
+        self.retry = Some(Retry { message, session, left: RETRIES });
+        self
+    }
+
+    fn again(&mut self) {
+        let Some(Retry { message, session, left }) = self.retry.take() else { return };
+        if !self.peer.is_own_session(session) {
+            return;
+        }
+        if left == 0 {
+            self.peer.number_anew(session);
+            return;
+        }
+        let mut again =
+            Self::new(&self.peer, Content::Single(Some(message.clone())), message.len(), self.immediate);
+        again.retry = Some(Retry { message, session, left: left - 1 });
+        self.peer.hand_over(again);
     }
 
     /// The message is a part of a transfer, which is not over before it has left.
@@ -64,13 +96,16 @@ impl MessageSource for Outgoing {
         more.then_some(self.immediate)
     }
 
-    fn on_finished(self: Box<Self>, result: Result<()>) {
+    fn on_finished(mut self: Box<Self>, result: Result<()>) {
         self.peer.pending_messages.fetch_sub(1, Ordering::Relaxed);
         self.peer.pending_bytes.fetch_sub(self.bytes, Ordering::Relaxed);
         if let Err(e) = &result
             && (e.status() == Status::RemoteDisconnect || self.transfer.is_none())
         {
             self.peer.on_send_error(e);
+        }
+        if result.is_err() {
+            self.again();
         }
         if let Some(transfer) = self.transfer {
             if let Err(e) = result {
