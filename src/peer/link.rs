@@ -163,6 +163,13 @@ mod tests {
             self.say(who);
         }
 
+        /// As after a report that could not be sent.
+        fn begin_anew(&mut self, who: usize) {
+            self.sessions += 1;
+            self.links[who].begin_anew(self.sessions);
+            self.say(who);
+        }
+
         fn deliver(&mut self, to: usize, which: usize, again: bool) {
             let queue = &mut self.in_flight[to];
             if queue.is_empty() {
@@ -192,6 +199,7 @@ mod tests {
                 match what {
                     0 => pair.remove_and_add(who),
                     1 => pair.deliver(who, which, true),
+                    2 => pair.begin_anew(who),
                     _ => pair.deliver(who, which, false),
                 }
             }
