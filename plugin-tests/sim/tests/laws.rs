@@ -302,3 +302,24 @@ fn memory_that_was_deregistered_is_out_of_the_nics_reach() {
     drop(request);
     group.close();
 }
+
+/// Both users remove and add the other again, while earlier handshakes are under way.
+#[test]
+fn both_sides_may_begin_anew_at_once() {
+    for seed in 0..60 {
+        let mut group = Group::unconnected(seed, 2, EFA, 1, OPTIONS);
+        group.load(0, 1);
+        group.load(1, 0);
+        for (i, j) in [(0, 1), (1, 0), (0, 1), (1, 0)] {
+            group.live((seed % 5) as usize);
+            group.remove(i, j);
+            group.load(i, j);
+        }
+        for (i, j) in [(0, 1), (1, 0)] {
+            let name = group.agents[j].name.clone();
+            group.engine(i).send_notification(&name, b"anew").unwrap();
+            assert!(group.live_until(5_000, |group| group.got(j, b"anew") == 1), "seed {seed}: {i} to {j}");
+        }
+        group.close();
+    }
+}
