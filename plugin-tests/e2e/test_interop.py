@@ -155,12 +155,32 @@ def test_many_small_descriptors(fleet, initiator, operation):
     target.check(3, [(index * block, (count - 1 - index) * block, block) for index in range(count)])
 
 
+@pytest.mark.tcp
 @pytest.mark.parametrize(("devices", "rails_per_device"), [("eth0", 1), ("eth0,eth1", 1), ("eth1", 3), ("eth0,eth1", 8)])
 def test_rail_counts(bed, wired_host, initiator, devices, rails_per_device, progress):
     """Over tcp the stock plugin has one rail; ours as many as it is told."""
     fleet = Fleet(bed, ours=progress, stock=progress, network=wired_host)
     first, second = fleet.pair(initiator, devices=devices, rails_per_device=rails_per_device)
     exchange(first, second, size=32 * MIB + 1, turns=2)
+
+
+class Unequal:
+    """Hosts with different numbers of devices: agents are placed on them in turn."""
+
+    def __init__(self, efa, devices):
+        self.efa, self.devices = efa, devices
+
+    def space(self, index):
+        return self.efa.host(index, self.devices[index % len(self.devices)])
+
+
+@pytest.mark.efa
+@pytest.mark.parametrize("devices", [(4, 32), (32, 4), (1, 4)], ids=lambda devices: "{} to {}".format(*devices))
+def test_different_devices(bed, efa, initiator, devices, progress):
+    """As many rails as devices, on either side; the initiator's come first."""
+    fleet = Fleet(bed, ours=progress, stock=progress, network=Unequal(efa, devices))
+    first, second = fleet.pair(initiator)
+    exchange(first, second, size=16 * MIB + 1, turns=2)
 
 
 def test_many_agents(fleet):
