@@ -130,15 +130,13 @@ def test_memory_is_only_on_its_rails(bed, efa, progress):
 @pytest.mark.ours
 def test_silent_drop_names_the_remedy(bed, efa, progress):
     """A wrong security group: everything leaves and nothing arrives. The error says where to look."""
-    first, second = bed.pair(progress_thread=progress, connect_timeout_ms=2500)
+    first, second = (bed.agent(name, progress_thread=progress, connect_timeout_ms=2500) for name in ("first", "second"))
     efa.control("src=h0 drop_pct=100 unreachable_ms=never")
     source, target = first.buffer(MIB, seed=1), second.buffer(MIB)
-    try:
-        first.knows(second)
+    first.knows(second)
+    with pytest.raises(Refused) as refused:
         first.transfer("WRITE", [source[:]], [target[:]], second, b"lost", deadline=15)
-        raise AssertionError("DONE, and nothing can have arrived")
-    except Refused as refused:
-        assert "DISCONNECT" in str(refused)
+    assert "DISCONNECT" in str(refused.value)
     assert "security group" in first.log_text() and "tx_pkts" in first.log_text()
     sent = sum(values["tx_pkts"] for values in efa.host(0).counters().values())
     assert sent > 0
@@ -155,6 +153,29 @@ def test_unreachable_names_the_remedy(bed, efa, progress):
         first.transfer("WRITE", [source[:]], [target[:]], second, b"lost", deadline=15)
     assert "DISCONNECT" in str(refused.value)
     assert "security group" in first.log_text()
+
+
+@pytest.mark.ours
+def test_transfer_timeout_ends_what_the_network_swallowed(bed, efa, progress):
+    """Between two that know each other packets vanish for ever: transfer_timeout_ms is how long one waits for them."""
+    first, second = bed.pair(progress_thread=progress, transfer_timeout_ms=1500)
+    write_all(first, second, MIB, 1)
+    source, target = first.buffer(MIB, seed=2), second.buffer(MIB)
+    first.knows(second)
+    efa.control("src=h0 drop_pct=100 unreachable_ms=never")
+    with pytest.raises(Refused):
+        first.transfer("WRITE", [source[:]], [target[:]], second, deadline=15)
+    assert "transfer_timeout_ms" in first.log_text()
+
+
+@pytest.mark.parametrize("operation", ["WRITE", "READ"])
+def test_first_operation_is_silent(bed, progress, operation):
+    """The first thing between two agents that only exchanged metadata, without a notification."""
+    first, second = (bed.agent(name, progress_thread=progress) for name in ("first", "second"))
+    near, far = first.buffer(MIB, seed=1), second.buffer(MIB, seed=2)
+    first.knows(second)
+    first.transfer(operation, [near[:]], [far[:]], second)
+    (far if operation == "WRITE" else near).check(1 if operation == "WRITE" else 2)
 
 
 def ends(agent, handle, seconds):

@@ -9,6 +9,7 @@ import pytest
 from bed.places import TARGET, Host
 from bed.raw import blob, endpoint_name, field
 
+pytestmark = pytest.mark.tcp
 MIB = 1 << 20
 NOTIFICATION, TRANSFER, HANDSHAKE = 2, 4, 8
 CONTROL_2, TRANSFER_2 = 11, 13

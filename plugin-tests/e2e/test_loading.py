@@ -7,7 +7,7 @@ import pytest
 from bed.agent import Refused
 from bed.places import NIXL_VERSIONS, TARGET, Host
 
-pytestmark = pytest.mark.ours
+pytestmark = [pytest.mark.ours, pytest.mark.tcp]
 NAMES = ["LIBFABRIC", "Libfabric"]
 STOCK_OPTIONS = {"striping_threshold", "num_threads", "split_batch_size", "max_bw_per_dram_seg", "post_queue_size"}
 # Run by `unshare --mount`: the system's library folder without the libraries that the plugin opens.

@@ -4,6 +4,7 @@ import pytest
 
 from bed.places import LIBFABRIC_VERSIONS, NIXL_VERSIONS, Host
 
+pytestmark = pytest.mark.tcp
 MIB = 1 << 20
 
 

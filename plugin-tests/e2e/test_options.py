@@ -46,22 +46,26 @@ def test_unknown_option_is_named(bed):
     assert "striping_treshold" in agent.log_text()
 
 
+@pytest.mark.tcp
 def test_one_summary_line(bed):
     agent = bed.agent()
     lines = [line for line in agent.log_text().splitlines() if "INFO" in line and "tcp" in line and "libfabric" in line.lower()]
     assert len(lines) == 1, agent.log_text()
 
 
+@pytest.mark.tcp
 def test_software_provider_is_a_warning(bed):
     agent = bed.agent()
     assert any("WARN" in line and "tcp" in line for line in agent.log_text().splitlines()), agent.log_text()
 
 
+@pytest.mark.tcp
 def test_chosen_provider_is_no_warning(bed):
     agent = bed.agent(provider="tcp")
     assert "WARN" not in agent.log_text()
 
 
+@pytest.mark.tcp
 def test_require_rdma_refuses_a_software_provider(bed):
     agent = bed.process("strict")
     with pytest.raises(Refused):
@@ -70,6 +74,7 @@ def test_require_rdma_refuses_a_software_provider(bed):
     assert "require_rdma" in line
 
 
+@pytest.mark.tcp
 @pytest.mark.parametrize("provider", ["efa", "nonsense"])
 def test_missing_provider_is_refused(bed, provider):
     agent = bed.process("choosy")
@@ -79,6 +84,7 @@ def test_missing_provider_is_refused(bed, provider):
     assert provider in line
 
 
+@pytest.mark.tcp
 def test_missing_device_is_refused(bed):
     agent = bed.process("choosy")
     with pytest.raises(Refused):
@@ -87,6 +93,7 @@ def test_missing_device_is_refused(bed):
     assert "rdmap79s0" in line and "eth0" in line, "names the option and what there is"
 
 
+@pytest.mark.tcp
 def test_fi_provider_keeps_its_meaning(bed):
     host = Host(libfabric=bed.host.libfabric, extra=(("FI_PROVIDER", "tcp"),))
     first, second = bed.pair(host=host, progress_thread=True)

@@ -4,6 +4,7 @@ import subprocess
 
 import pytest
 
+pytestmark = pytest.mark.tcp
 MIB = 1 << 20
 SIZE = 64 * MIB
 
