@@ -7,8 +7,12 @@ E2E     := $(PYTHON) -m pytest -p no:cacheprovider
 NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
 # Options for the end-to-end tests, such as ARGS="--plugin stock -k notify".
 ARGS    ?=
+# What runs on EFA devices, and what of it `make test` leaves to `make e2e-efa-all`: what takes long.
+EFA_TESTS := $(patsubst %,plugin-tests/e2e/test_%.py,efa transfer notify release self threads peers memory options)
+EFA_LONG  := seventy or in_each_phase or failed_operation or test_sizes or both_directions or small_descriptors \
+             or (progress-off and (unequal_hosts or random_lists or repost or in_flight or first_operation))
 
-.PHONY: help setup plugin install-plugins demo test check unit e2e e2e-core e2e-versions bench docs
+.PHONY: help setup plugin softefa install-plugins demo test check unit e2e e2e-core e2e-versions e2e-efa e2e-efa-all soak bench docs
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -30,7 +34,7 @@ install-plugins: plugin ## NIXL=<site-packages> [DEST=<folder>]: ours beside the
 demo: setup plugin ## two NIXL agents move bytes through the plugin, every byte checked
 	@$(PYTHON) plugin-tests/demo.py
 
-test: check unit e2e-core e2e-versions ## what CI runs: needs no GPU and no NIC
+test: check unit e2e-core e2e-versions e2e-efa ## what CI runs: needs no GPU and no NIC
 
 check: ## formatting, lints, dependencies
 	cargo fmt --check
@@ -48,6 +52,21 @@ e2e-core: setup plugin ## the end-to-end tests without the long ones: fleets of 
 
 e2e-versions: setup plugin ## the heart of them again on Debian's libfabric
 	$(E2E) --libfabric system -q plugin-tests/e2e/test_transfer.py plugin-tests/e2e/test_peers.py
+
+softefa: ## build the software EFA device, see plugin-tests/softefa/README.md
+	cargo build --release -p softefa
+
+e2e-efa: setup plugin softefa ## the heart of the end-to-end tests on software EFA devices, both fabrics of the provider
+	$(E2E) -q --network efa -k "not ($(EFA_LONG))" plugin-tests/e2e/test_efa.py plugin-tests/e2e/test_transfer.py
+	$(E2E) -q --network efa-direct -k "(done_means or silent or random_lists) and progress-on" plugin-tests/e2e/test_efa.py plugin-tests/e2e/test_transfer.py
+
+e2e-efa-all: setup plugin softefa ## all of them: 4 and 32 devices, both fabrics, two libfabrics; about an hour
+	$(E2E) -q --network efa --libfabric 2.5.1,2.4.0 $(EFA_TESTS) $(ARGS)
+	$(E2E) -q --network efa --devices 32 $(EFA_TESTS) $(ARGS)
+	$(E2E) -q --network efa-direct $(EFA_TESTS) $(ARGS)
+
+soak: setup plugin softefa ## random work on software EFA devices until it is stopped: ARGS="--seed 7 --rounds 1 --minutes 60"
+	$(PYTHON) plugin-tests/soak.py $(ARGS)
 
 bench: setup plugin ## ours beside the stock plugin and UCX: Markdown and JSON under target/bench
 	$(PYTHON) benches/compare.py $(ARGS)
