@@ -51,19 +51,19 @@ e2e-core: setup plugin ## the end-to-end tests without the long ones: fleets of 
 	$(E2E) -q $(addprefix plugin-tests/e2e/test_,$(addsuffix .py,$(CORE)))
 
 e2e-versions: setup plugin ## the heart of them again on Debian's libfabric
-	$(E2E) --libfabric system -q plugin-tests/e2e/test_transfer.py plugin-tests/e2e/test_peers.py
+	$(E2E) --libfabric=system -q plugin-tests/e2e/test_transfer.py plugin-tests/e2e/test_peers.py
 
 softefa: ## build the software EFA device, see plugin-tests/softefa/README.md
 	cargo build --release -p softefa
 
 e2e-efa: setup plugin softefa ## the heart of the end-to-end tests on software EFA devices, both fabrics of the provider
-	$(E2E) -q --network efa -k "not ($(EFA_LONG))" plugin-tests/e2e/test_efa.py plugin-tests/e2e/test_transfer.py
-	$(E2E) -q --network efa-direct -k "(done_means or silent or random_lists) and progress-on" plugin-tests/e2e/test_efa.py plugin-tests/e2e/test_transfer.py
+	$(E2E) -q --network=efa -k "not ($(EFA_LONG))" plugin-tests/e2e/test_efa.py plugin-tests/e2e/test_transfer.py
+	$(E2E) -q --network=efa-direct -k "(done_means or silent or random_lists) and progress-on" plugin-tests/e2e/test_efa.py plugin-tests/e2e/test_transfer.py
 
 e2e-efa-all: setup plugin softefa ## all of them: 4 and 32 devices, both fabrics, two libfabrics; about an hour
-	$(E2E) -q --network efa --libfabric 2.5.1,2.4.0 $(EFA_TESTS) $(ARGS)
-	$(E2E) -q --network efa --devices 32 $(EFA_TESTS) $(ARGS)
-	$(E2E) -q --network efa-direct $(EFA_TESTS) $(ARGS)
+	$(E2E) -q --network=efa --libfabric=2.5.1,2.4.0 $(EFA_TESTS) $(ARGS)
+	$(E2E) -q --network=efa --devices=32 $(EFA_TESTS) $(ARGS)
+	$(E2E) -q --network=efa-direct $(EFA_TESTS) $(ARGS)
 
 soak: setup plugin softefa ## random work on software EFA devices until it is stopped: ARGS="--seed 7 --rounds 1 --minutes 60"
 	$(PYTHON) plugin-tests/soak.py $(ARGS)
