@@ -2,7 +2,6 @@
 
 mod cuda_bed;
 
-use std::collections::BTreeMap;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -70,11 +69,16 @@ impl Stage {
     }
 
     fn engine(&self, name: &str, progress_thread: bool) -> Engine {
-        let option = |key: &str, value: &str| (key.to_owned(), value.to_owned());
-        let params = [option("libfabric_path", self.fabric.to_str().unwrap()), option("devices", "lo")];
+        self.engine_with(name, progress_thread, &[])
+    }
+
+    fn engine_with(&self, name: &str, progress_thread: bool, options: &[(&str, &str)]) -> Engine {
+        let fabric = self.fabric.to_str().unwrap();
+        let always = [("libfabric_path", fabric), ("devices", "lo")];
+        let params = always.iter().chain(options);
         Engine::create(InitParams {
             local_agent: name.into(),
-            params: BTreeMap::from(params),
+            params: params.map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
             progress_thread,
             progress_delay: Duration::ZERO,
         })
@@ -115,6 +119,11 @@ fn desc(metadata: &Arc<Metadata>, addr: u64, bytes: usize) -> XferDesc<'_> {
 }
 
 fn wait(engines: &[&Engine], request: &Request) -> Result<Status> {
+    wait_for(engines, request, &mut 0)
+}
+
+/// Waits, and counts the notifications that the other engines get meanwhile.
+fn wait_for(engines: &[&Engine], request: &Request, notifications: &mut usize) -> Result<Status> {
     let start = Instant::now();
     loop {
         let status = engines[0].check_xfer(request)?;
@@ -123,7 +132,7 @@ fn wait(engines: &[&Engine], request: &Request) -> Result<Status> {
         }
         assert!(start.elapsed() < DEADLINE, "the transfer does not end");
         for engine in &engines[1..] {
-            engine.take_notifications().unwrap();
+            *notifications += engine.take_notifications().unwrap().len();
         }
     }
 }
@@ -269,6 +278,7 @@ fn whatever_call_fails_the_thread_is_left_as_it_was_and_nothing_is_kept() {
         assert!((held..=held + i64::from(nth)).contains(&stage.bed.count("primary1")));
     }
     assert!(refused > 0);
+    drop(engine);
     stage.bed.reset_counts();
 }
 
@@ -382,4 +392,186 @@ fn gpu_memory_goes_over_the_wire_and_the_provider_finds_a_context() {
         assert!(!story.iter().any(|line| line.starts_with("fi_cq_read")), "driven without a context");
         assert_eq!(stage.bed.count("contexts_created"), 0);
     }
+}
+
+/// GPU memory of two agents that no rail reaches, and host memory of both.
+struct Staged {
+    stage: Stage,
+    engines: [Engine; 2],
+    gpu: [u64; 2],
+    host: [Vec<u8>; 2],
+    regions: [[Arc<Metadata>; 2]; 2],
+}
+
+const STAGED_BYTES: usize = 5 * MIB + 4321;
+
+impl Staged {
+    fn new(progress_thread: bool) -> Self {
+        let stage = Stage::new();
+        stage.fabric_option("hmem", 0);
+        stage.bed.option("polls", 2);
+        let engine = |name| stage.engine_with(name, progress_thread, &[("vram_staging", "true")]);
+        let engines = [engine("one"), engine("two")];
+        let gpu = [stage.gpu(0, STAGED_BYTES, 0), stage.gpu(1, STAGED_BYTES, 0)];
+        let host = [vec![0_u8; STAGED_BYTES], vec![0_u8; STAGED_BYTES]];
+        let regions = std::array::from_fn(|i| {
+            let on_host = host[i].as_ptr() as u64;
+            [
+                vram(&engines[i], gpu[i], STAGED_BYTES, i as u64).unwrap(),
+                register(&engines[i], MemKind::Dram, on_host, STAGED_BYTES, 0).unwrap(),
+            ]
+        });
+        let [one, two] = &engines;
+        one.load_remote_conn_info(&"two".into(), &two.conn_info().unwrap()).unwrap();
+        two.load_remote_conn_info(&"one".into(), &one.conn_info().unwrap()).unwrap();
+        Self { stage, engines, gpu, host, regions }
+    }
+
+    /// Address of an agent's memory of a kind.
+    fn addr(&self, agent: usize, kind: MemKind) -> u64 {
+        if kind == MemKind::Vram { self.gpu[agent] } else { self.host[agent].as_ptr() as u64 }
+    }
+
+    fn region(&self, agent: usize, kind: MemKind) -> &Arc<Metadata> {
+        &self.regions[agent][usize::from(kind == MemKind::Dram)]
+    }
+
+    /// The second agent's memory as the first one knows it.
+    fn remote(&self, kind: MemKind) -> Arc<Metadata> {
+        let range = Desc { addr: self.addr(1, kind), len: STAGED_BYTES as u64, dev_id: 0 };
+        let blob = self.engines[1].public_data(self.region(1, kind)).unwrap();
+        self.engines[0].load_remote_md(range, kind, &blob, &"two".into()).unwrap()
+    }
+
+    fn wait(&self, request: &Request) -> Result<Status> {
+        wait(&[&self.engines[0], &self.engines[1]], request)
+    }
+}
+
+#[test]
+fn staged_memory_moves_both_ways_between_all_kinds() {
+    for progress_thread in [false, true] {
+        let bed = Staged::new(progress_thread);
+        assert_eq!(bed.engines[0].supported_mems(), [MemKind::Dram, MemKind::Vram]);
+        let kinds = [MemKind::Vram, MemKind::Dram];
+        let mut fill = 1_u8;
+        for (near, far) in kinds.into_iter().flat_map(|near| kinds.map(|far| (near, far))) {
+            let remote = bed.remote(far);
+            let (here, there) = (bed.addr(0, near), bed.addr(1, far));
+            for op in [Op::Write, Op::Read] {
+                let (source, target) = if op == Op::Write { (here, there) } else { (there, here) };
+                fill_at(source, STAGED_BYTES, fill);
+                fill_at(target, STAGED_BYTES, 0);
+                let len = STAGED_BYTES - 200;
+                let (local, far) =
+                    (desc(bed.region(0, near), here + 100, len), desc(&remote, there + 100, len));
+                let request = bed.engines[0]
+                    .prep_xfer(op, [local].into_iter(), [far].into_iter(), &"two".into())
+                    .unwrap();
+                bed.engines[0].post_xfer(&request, Some(b"moved")).unwrap();
+                let mut notified = 0;
+                let [one, two] = &bed.engines;
+                assert_eq!(
+                    wait_for(&[one, two], &request, &mut notified),
+                    Ok(Status::Success),
+                    "{op:?} {near}"
+                );
+                let bytes = bytes_at(target, STAGED_BYTES);
+                assert!(bytes[..100].iter().chain(&bytes[STAGED_BYTES - 100..]).all(|byte| *byte == 0));
+                assert!(bytes[100..STAGED_BYTES - 100].iter().all(|byte| *byte == fill), "{op:?} {near}");
+                let start = Instant::now();
+                while notified == 0 {
+                    notified += two.take_notifications().unwrap().len();
+                    one.take_notifications().unwrap();
+                    assert!(start.elapsed() < DEADLINE, "no notification");
+                }
+                fill += 1;
+            }
+        }
+        assert_eq!(bed.stage.bed.thread_state(), (0, 0, 0));
+        let Staged { stage, engines, regions, .. } = bed;
+        drop(regions);
+        drop(engines);
+        let live = stage.bed.live();
+        assert_eq!((live.0, live.1, live.2), (0, 0, 0), "streams, events and pinned memory are given back");
+    }
+}
+
+#[test]
+fn staged_pieces_in_great_number_and_any_order_arrive() {
+    let bed = Staged::new(false);
+    let (here, there, remote) = (bed.gpu[0], bed.gpu[1], bed.remote(MemKind::Vram));
+    let pattern: Vec<u8> = (0..STAGED_BYTES).map(|i| (i % 251) as u8).collect();
+    // SAFETY: the stand-in's memory is host memory of that length.
+    unsafe { std::ptr::copy_nonoverlapping(pattern.as_ptr(), here as *mut u8, STAGED_BYTES) };
+    let piece = 8 << 10;
+    let count = STAGED_BYTES / piece;
+    // A stride that has no divisor in common with the count visits every piece once.
+    let places = (0..count).map(|i| (i * 7 % count) * piece).collect::<Vec<_>>();
+    let list = |metadata, base: u64| {
+        let places = places.clone();
+        places.into_iter().map(move |at| desc(metadata, base + at as u64, piece)).collect::<Vec<_>>()
+    };
+    let (local, far) = (list(bed.region(0, MemKind::Vram), here), list(&remote, there));
+    let request =
+        bed.engines[0].prep_xfer(Op::Write, local.into_iter(), far.into_iter(), &"two".into()).unwrap();
+    for _ in 0..2 {
+        fill_at(there, STAGED_BYTES, 0);
+        bed.engines[0].post_xfer(&request, None).unwrap();
+        assert_eq!(bed.wait(&request), Ok(Status::Success));
+        assert_eq!(bytes_at(there, count * piece), pattern[..count * piece]);
+    }
+}
+
+#[test]
+fn a_staged_transfer_fails_with_its_reason_and_the_next_one_works() {
+    let bed = Staged::new(false);
+    let remote = bed.remote(MemKind::Vram);
+    let prepare = || {
+        let (local, far) = (
+            desc(bed.region(0, MemKind::Vram), bed.gpu[0], STAGED_BYTES),
+            desc(&remote, bed.gpu[1], STAGED_BYTES),
+        );
+        bed.engines[0].prep_xfer(Op::Write, [local].into_iter(), [far].into_iter(), &"two".into()).unwrap()
+    };
+    // Both agents copy with the one driver: the first calls fail here, later ones at the peer.
+    for nth in [1, 4, 7, 12] {
+        let request = prepare();
+        bed.engines[0].post_xfer(&request, None).unwrap();
+        bed.stage.bed.fail("cuMemcpyAsync", nth, 700);
+        let outcome = bed.wait(&request);
+        bed.stage.bed.fail("", 0, 0);
+        if let Err(error) = outcome {
+            assert!(error.to_string().contains("STANDIN_ERROR_700"), "{error}");
+        }
+        let next = prepare();
+        bed.engines[0].post_xfer(&next, None).unwrap();
+        assert_eq!(bed.wait(&next), Ok(Status::Success), "after copy {nth} failed");
+    }
+    let Staged { stage, engines, regions, .. } = bed;
+    drop((remote, regions, engines));
+    stage.bed.reset_counts();
+}
+
+#[test]
+fn a_staged_transfer_can_be_released_and_its_peer_can_leave() {
+    let bed = Staged::new(false);
+    let remote = bed.remote(MemKind::Vram);
+    let prepare = || {
+        let (local, far) = (
+            desc(bed.region(0, MemKind::Vram), bed.gpu[0], STAGED_BYTES),
+            desc(&remote, bed.gpu[1], STAGED_BYTES),
+        );
+        bed.engines[0].prep_xfer(Op::Write, [local].into_iter(), [far].into_iter(), &"two".into()).unwrap()
+    };
+    let request = prepare();
+    bed.engines[0].post_xfer(&request, None).unwrap();
+    bed.engines[0].release_request(request).unwrap();
+    let request = prepare();
+    bed.engines[0].post_xfer(&request, None).unwrap();
+    assert_eq!(bed.wait(&request), Ok(Status::Success));
+    bed.engines[0].post_xfer(&request, None).unwrap();
+    bed.engines[0].disconnect(&"two".into()).unwrap();
+    assert_eq!(bed.wait(&request).unwrap_err().status(), Status::RemoteDisconnect);
+    bed.engines[0].deregister_mem(bed.region(0, MemKind::Vram)).unwrap();
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::{Context, describe};
 use crate::error::{Error, Result};
+use crate::fabric::KeptMemory;
 use crate::sys::cuda::{self as sys, CUevent, CUstream};
 
 /// Most bytes of one page-locked buffer.
@@ -441,6 +442,17 @@ impl Pinned {
         self.span().part(offset as u64, len as u64)?;
         // SAFETY: the offset is at most the length of the buffer.
         Ok(unsafe { self.0.base.as_ptr().add(offset) })
+    }
+}
+
+// SAFETY: the buffer is allocated once, never moves and is freed by `Memory::drop` alone; nothing refers to its bytes.
+unsafe impl KeptMemory for Pinned {
+    fn addr(&self) -> u64 {
+        self.0.base.as_ptr() as u64
+    }
+
+    fn len(&self) -> u64 {
+        self.0.len as u64
     }
 }
 

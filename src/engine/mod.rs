@@ -5,6 +5,7 @@ mod discover;
 mod open;
 mod placement;
 mod shared;
+mod staging;
 mod vram;
 
 use std::collections::{BTreeMap, HashMap};
@@ -14,12 +15,14 @@ use std::time::{Duration, Instant};
 
 pub use self::discover::available_mems;
 use self::shared::Shared;
+use self::staging::StagedPiece;
+pub use self::staging::StagedTransfer;
 use crate::error::{Error, Result, Status};
 use crate::fabric::{Libfabric, MemoryRange, MemoryRegion};
 use crate::memory::{Memory, Registration, RemoteRegion};
 pub use crate::notify::Notification;
 use crate::progress::ProgressThreads;
-use crate::transfer::plan::{self, Cutting, Lane, Piece};
+use crate::transfer::plan::{self, Lane, Piece};
 use crate::transfer::{LocalPiece, LocalTransfer, Transfer};
 use crate::types::{AgentName, Desc, MemKind, Op, RailId};
 use crate::wire::{ConnectionInfo, PublicMetadata};
@@ -59,6 +62,8 @@ pub struct XferDesc<'a> {
 pub enum Request {
     /// With a remote agent.
     Remote(Arc<Transfer>),
+    /// With a remote agent, GPU memory by way of host memory.
+    Staged(Arc<StagedTransfer>),
     /// Within this agent.
     Local(Arc<LocalTransfer>),
 }
@@ -133,6 +138,9 @@ impl Engine {
         };
         log::debug!("registered {registration} on {} rails", registration.rails().len());
         let registration = Arc::new(registration);
+        if registration.is_staged() {
+            self.shared.staging.add_region(&registration)?;
+        }
         registered.retain(|_, known| known.strong_count() > 0);
         registered.insert(key, Arc::downgrade(&registration));
         Ok(Arc::new(Metadata::Local(registration)))
@@ -253,7 +261,8 @@ impl Engine {
         let peer = self.peer(agent)?;
         let mut regions = Regions::default();
         let mut pieces = Vec::with_capacity(local.len());
-        for (here, there) in local.zip(remote) {
+        let mut is_staged = false;
+        for (here, there) in local.clone().zip(remote.clone()) {
             let (region, lanes, target) = regions.resolve(here.metadata, there.metadata)?;
             if !Arc::ptr_eq(target.peer(), &peer) {
                 return Err(Error::disconnected(format!(
@@ -269,6 +278,7 @@ impl Engine {
             }
             regions.registrations[region as usize].check(&here)?;
             target.check(&there)?;
+            is_staged |= regions.registrations[region as usize].is_staged() || target.is_staged();
             let base = if self.shared.virtual_addresses { 0 } else { target.base() };
             pieces.push(Piece {
                 local_addr: here.addr,
@@ -278,9 +288,12 @@ impl Engine {
                 lanes,
             });
         }
+        if is_staged {
+            return prep_staged(op, peer, local.zip(remote));
+        }
         let pieces = plan::merge(pieces.into_iter());
         let turn = self.turn.fetch_add(1, Ordering::Relaxed) as usize;
-        let plan = plan::spread(&pieces, &regions.lanes, &self.cutting(), turn)?;
+        let plan = plan::spread(&pieces, &regions.lanes, &self.shared.cutting(), turn)?;
         let tables = plan.runs.iter().map(|run| regions.on_rail(run.rail)).collect::<Result<_>>()?;
         Ok(Request::Remote(Transfer::new(
             op,
@@ -324,15 +337,6 @@ impl Engine {
         Ok(Request::Local(Arc::new(LocalTransfer::new(pieces))))
     }
 
-    fn cutting(&self) -> Cutting {
-        let config = &self.shared.config;
-        Cutting {
-            striping_threshold_bytes: config.striping_threshold_bytes,
-            chunk_bytes_max: config.chunk_bytes_max,
-            message_bytes_max: self.shared.message_bytes_max,
-        }
-    }
-
     /// Posts a request: `Status::Success` or `Status::InProgress`.
     pub fn post_xfer(&self, request: &Request, notification: Option<&[u8]>) -> Result<Status> {
         let notification = notification.map(<[u8]>::to_vec);
@@ -340,6 +344,14 @@ impl Engine {
             Request::Local(transfer) => {
                 transfer.begin(notification)?;
                 self.shared.copies.push(Arc::clone(transfer));
+                self.shared.drive_copies();
+                self.shared.wake();
+                transfer.status()
+            }
+            Request::Staged(transfer) => {
+                transfer.begin(notification)?;
+                self.shared.staging.post(Arc::clone(transfer));
+                self.shared.kick(RailId(0));
                 self.shared.drive_copies();
                 self.shared.wake();
                 transfer.status()
@@ -376,6 +388,15 @@ impl Engine {
                 }
                 transfer.status()
             }
+            Request::Staged(transfer) => {
+                if transfer.status() == Ok(Status::InProgress) {
+                    self.shared.drive_all();
+                    if self.progress.is_none() {
+                        self.shared.tick_if_due();
+                    }
+                }
+                transfer.status()
+            }
             Request::Remote(transfer) => {
                 let status = self.status(transfer);
                 if status != Ok(Status::InProgress) {
@@ -400,6 +421,7 @@ impl Engine {
     pub fn release_request(&self, request: Request) -> Result<()> {
         match request {
             Request::Local(transfer) => transfer.release(),
+            Request::Staged(transfer) => transfer.release(),
             Request::Remote(transfer) => transfer.release(),
         }
         Ok(())
@@ -447,6 +469,7 @@ impl Engine {
     /// Expected duration of a prepared request and its uncertainty, from transfers that were made.
     pub fn estimate_cost(&self, request: &Request) -> Result<(Duration, Duration)> {
         let (rates, bytes) = match request {
+            Request::Staged(transfer) => (&self.shared.local.rates, transfer.bytes()),
             Request::Remote(transfer) => (&self.shared.local.rates, transfer.bytes()),
             Request::Local(transfer) => (&self.shared.local_rates, transfer.bytes()),
         };
@@ -483,6 +506,29 @@ impl Drop for Engine {
         drop(self.progress.take());
         self.shared.close();
     }
+}
+
+/// A transfer that goes by way of host memory, of descriptors that were checked.
+fn prep_staged<'a>(
+    op: Op,
+    peer: Arc<crate::peer::Peer>,
+    pairs: impl Iterator<Item = (XferDesc<'a>, XferDesc<'a>)>,
+) -> Result<Request> {
+    let mut pieces: Vec<StagedPiece> = Vec::new();
+    for (here, there) in pairs.filter(|(here, _)| here.desc.len > 0) {
+        let piece = StagedPiece {
+            local: Arc::clone(local(here.metadata)?),
+            local_addr: here.desc.addr,
+            remote: Arc::clone(there.metadata),
+            remote_addr: there.desc.addr,
+            len: here.desc.len,
+        };
+        match pieces.last_mut() {
+            Some(last) if last.goes_on_with(&piece) => last.len += piece.len,
+            _ => pieces.push(piece),
+        }
+    }
+    Ok(Request::Staged(Arc::new(StagedTransfer::new(op, peer, pieces))))
 }
 
 fn local(metadata: &Metadata) -> Result<&Arc<Registration>> {

@@ -9,6 +9,7 @@ use super::InitParams;
 use super::discover::{self, Found, names};
 use super::placement::Placement;
 use super::shared::Shared;
+use super::staging::Staging;
 use super::vram::{self, Vram};
 use crate::config::{Config, Wait};
 use crate::cuda::Runtime;
@@ -20,6 +21,7 @@ use crate::progress::{Driver, Pace, ProgressThreads};
 use crate::rail::{MESSAGE_BYTES_MAX, Rail, RailLimits};
 use crate::transfer::{LocalCopies, Rates};
 use crate::types::RailId;
+use crate::wire::blob::capability;
 use crate::wire::{ConnectionInfo, EndpointName, Extension};
 
 /// Bytes of notifications that wait for the user before the network is left alone.
@@ -42,9 +44,12 @@ pub(super) fn open(
         let rails = open_rails(&library, &found, &config, use_wait_fd)?;
         Ok::<_, Error>((found, rails))
     })?;
-    let vram = Vram::find(&rails, &found);
+    let vram = Vram::find(&rails, &found, config.vram_staging);
     let placement = Placement::new(rails.iter().map(|rail| (rail.id(), rail.device())), &config)?;
-    let extension = Extension::ours(incarnation(), MESSAGE_BYTES_MAX as u32, config.notif_bytes_max);
+    let mut extension = Extension::ours(incarnation(), MESSAGE_BYTES_MAX as u32, config.notif_bytes_max);
+    if vram.is_staged() {
+        extension.capabilities |= capability::STAGED_VRAM;
+    }
     let endpoints =
         rails.iter().map(|rail| EndpointName::new(rail.endpoint_name())).collect::<Result<_>>()?;
     let local = Arc::new(Local {
@@ -65,6 +70,7 @@ pub(super) fn open(
         local_rates: Rates::default(),
         placement,
         vram,
+        staging: Staging::default(),
         virtual_addresses: found.devices[0].mr_virt_addr(),
         message_bytes_max: message_bytes_max(&found.devices),
         wakers: OnceLock::new(),

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::placement::Placement;
+use super::staging::Staging;
 use super::vram::Vram;
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -13,6 +14,7 @@ use crate::notify::Inbox;
 use crate::peer::{Local, Peer, PeerTable};
 use crate::progress::{Driver, Waker};
 use crate::rail::{Rail, RailEvents};
+use crate::transfer::plan::Cutting;
 use crate::transfer::{LocalCopies, Rates};
 use crate::types::{AgentName, RailId};
 use crate::wire::{Body, ConnectionInfo, ControlMessage, Handshake, Immediate, StockFragment};
@@ -27,6 +29,7 @@ pub(super) struct Shared {
     pub local_rates: Rates,
     pub placement: Placement,
     pub vram: Vram,
+    pub staging: Staging,
     /// Remote addresses are virtual ones, not offsets into a region.
     pub virtual_addresses: bool,
     /// Longest operation that every rail takes.
@@ -80,8 +83,19 @@ impl Shared {
         self.drive(&self.local.rails)
     }
 
+    /// How pieces are cut.
+    pub fn cutting(&self) -> Cutting {
+        Cutting {
+            striping_threshold_bytes: self.config.striping_threshold_bytes,
+            chunk_bytes_max: self.config.chunk_bytes_max,
+            message_bytes_max: self.message_bytes_max,
+        }
+    }
+
+    /// Gets on with what moves by copies here.
     pub fn drive_copies(&self) -> usize {
-        self.copies.drive(|message| self.inbox.push(self.local.name.clone(), message))
+        let copied = self.copies.drive(|message| self.inbox.push(self.local.name.clone(), message));
+        copied + self.staging.drive(self)
     }
 
     /// Events of one rail can leave work on others: a handshake that lets transfers go, a notification after a READ.
@@ -133,6 +147,7 @@ impl Shared {
         for peer in self.peers.all() {
             self.peers.remove(peer.name());
         }
+        self.staging.clear();
         // The control rail last: transfers that end on the others leave messages there.
         for rail in self.local.rails.iter().rev() {
             self.vram.within(|| rail.close());
@@ -168,6 +183,7 @@ impl Shared {
                     }
                     Body::Ack { completed_below } => peer.on_ack(message.session, completed_below),
                     Body::Goodbye => Ok(()),
+                    Body::Staging(message) => self.staging.on_message(peer, message),
                 }
             }
             other => Err(Error::invalid(format!("a message came with the immediate data of {other:?}"))),
@@ -279,6 +295,7 @@ impl Driver for Shared {
     fn is_busy(&self) -> bool {
         self.waiting.load(Ordering::Relaxed)
             || self.copies.is_busy()
+            || self.staging.is_busy()
             || self.local.rails.iter().any(|rail| rail.has_backlog() || !rail.is_idle())
     }
 }

@@ -34,6 +34,8 @@ enum Way {
 pub(super) struct Vram {
     /// Whose memory it is, or why there is none to register.
     runtime: Result<Runtime>,
+    /// No rail reaches it: it moves by way of host memory, as the user wants.
+    staged: Option<&'static Cuda>,
     /// A NIC moves the data; otherwise the provider does, with copies of CUDA's.
     by_nic: bool,
     /// Devices of which the log has told how they are registered.
@@ -55,14 +57,17 @@ pub(super) fn in_application_context<R>(work: impl FnOnce() -> R) -> R {
 
 impl Vram {
     /// Finds out what can be done on these rails.
-    pub fn find(rails: &[Arc<Rail>], found: &Found) -> Self {
+    pub fn find(rails: &[Arc<Rail>], found: &Found, staging: bool) -> Self {
         let runtime = usable_runtime(rails, found);
-        match &runtime {
-            Ok(runtime) => log::debug!("VRAM is {}", describe_runtime(*runtime)),
-            Err(why) => log::debug!("no VRAM: {why}"),
+        let cuda = if staging && Runtime::is_likely() { Cuda::get().ok() } else { None };
+        let staged = cuda.filter(|_| runtime.is_err());
+        match (&runtime, staged) {
+            (Ok(runtime), _) => log::debug!("VRAM is {}", describe_runtime(*runtime)),
+            (Err(why), Some(_)) => log::info!("VRAM moves through host memory (vram_staging): {why}"),
+            (Err(why), None) => log::debug!("no VRAM: {why}"),
         }
-        let vram =
-            Self { runtime, by_nic: !found.software, told: Mutex::default(), context: OnceLock::new() };
+        let (told, context) = (Mutex::default(), OnceLock::new());
+        let vram = Self { runtime, staged, by_nic: !found.software, told, context };
         // shm page-locks its peers' memory by CUDA as soon as it meets them.
         if let (Ok(Runtime::Cuda(cuda)), false) = (&vram.runtime, vram.by_nic)
             && let Some(context) = cuda.any_active_context()
@@ -74,10 +79,16 @@ impl Vram {
 
     /// Memory kinds that can be registered.
     pub fn mems(&self) -> Vec<MemKind> {
-        match self.runtime {
-            Ok(_) => vec![MemKind::Dram, MemKind::Vram],
-            Err(_) => vec![MemKind::Dram],
+        if self.runtime.is_ok() || self.is_staged() {
+            vec![MemKind::Dram, MemKind::Vram]
+        } else {
+            vec![MemKind::Dram]
         }
+    }
+
+    /// Whether VRAM moves by way of host memory.
+    pub fn is_staged(&self) -> bool {
+        self.staged.is_some()
     }
 
     /// Runs `work`, which drives rails.
@@ -101,7 +112,10 @@ impl Vram {
         match &self.runtime {
             Ok(Runtime::Cuda(cuda)) => self.register_cuda(cuda, rails, placement, range, dev_id),
             Ok(Runtime::Neuron(neuron)) => self.register_neuron(neuron, rails, placement, range, dev_id),
-            Err(why) => Err(why.clone()),
+            Err(why) => match self.staged {
+                Some(cuda) => register_staged(cuda, rails, range, dev_id),
+                None => Err(why.clone()),
+            },
         }
         .map_err(|e| e.context(what()))
     }
@@ -240,7 +254,11 @@ impl Vram {
 
     /// Attributes of a range that can be registered; `None` for one that cannot.
     pub fn describe(&self, placement: &Placement, desc: &Desc) -> Option<BTreeMap<String, String>> {
-        let Ok(Runtime::Cuda(cuda)) = &self.runtime else { return None };
+        let cuda = match &self.runtime {
+            Ok(Runtime::Cuda(cuda)) => cuda,
+            Ok(Runtime::Neuron(_)) => return None,
+            Err(_) => self.staged?,
+        };
         let allocation: Allocation = cuda.inspect(desc.addr, desc.len).ok()?;
         allocation.require_vram().ok()?;
         let rails = placement.rails_for_accelerator(Some(allocation.device.pci));
@@ -254,6 +272,20 @@ impl Vram {
     }
 }
 
+/// Takes in GPU memory that no rail is to reach.
+fn register_staged(
+    cuda: &Cuda,
+    rails: &[Arc<Rail>],
+    range: MemoryRange,
+    dev_id: u64,
+) -> Result<Registration> {
+    let allocation = cuda.inspect(range.addr(), range.len())?;
+    allocation.require_vram()?;
+    let hmem = Hmem::Cuda { device: allocation.device.ordinal as i32, ipc: false };
+    let memory = Memory { range, kind: MemKind::Vram, dev_id, hmem, context: allocation.context };
+    Registration::new(rails, Vec::new(), memory, None)
+}
+
 /// The runtime whose memory can be registered on these rails, or why none.
 fn usable_runtime(rails: &[Arc<Rail>], found: &Found) -> Result<Runtime> {
     if !Runtime::is_likely() {
@@ -261,7 +293,7 @@ fn usable_runtime(rails: &[Arc<Rail>], found: &Found) -> Result<Runtime> {
     }
     if let Some(rail) = rails.iter().find(|rail| !rail.device().has_hmem()) {
         return Err(Error::not_supported(format!(
-            "provider {} on {} cannot register accelerator memory (FI_HMEM); copy it to host memory and register that",
+            "provider {} on {} cannot register accelerator memory (FI_HMEM); set vram_staging, or copy it to host memory",
             rail.device().provider(),
             names(&found.devices),
         )));

@@ -55,6 +55,28 @@ pub struct Dmabuf {
     pub base: u64,
 }
 
+/// Memory that stays where it is and allocated for as long as the value lives.
+///
+/// # Safety
+/// The `len` bytes at `addr` must be memory that tolerates concurrent access by devices, and both must stay the same,
+/// until the value is dropped.
+pub unsafe trait KeptMemory: Send + Sync {
+    /// First byte.
+    fn addr(&self) -> u64;
+    /// Length in bytes.
+    fn len(&self) -> u64;
+    /// Whether there is no byte.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Memory that a registration keeps.
+enum Backing {
+    Own(Allocation),
+    Kept { _memory: Arc<dyn KeptMemory> },
+}
+
 /// A registered range of memory. Copies stand for the same registration, which is closed with the last of them and
 /// the last operation in flight that uses it.
 #[derive(Clone)]
@@ -67,7 +89,7 @@ pub(super) struct Registration {
     /// Closed by `drop`, so before its domain, and before our own memory behind it is freed.
     handle: Handle<sys::fid_mr>,
     domain: Arc<Domain>,
-    backing: Option<Allocation>,
+    backing: Option<Backing>,
     descriptor: *mut std::ffi::c_void,
     key: u64,
     addr: u64,
@@ -96,13 +118,27 @@ impl Domain {
         Ok(MemoryRegion { inner: Arc::new(inner) })
     }
 
+    /// Registers host memory, which lives at least as long as the region.
+    pub fn register_kept(
+        self: &Arc<Self>,
+        memory: Arc<dyn KeptMemory>,
+        requested_key: u64,
+    ) -> std::result::Result<MemoryRegion, FabricError> {
+        // SAFETY: the promise of `KeptMemory`; the registration keeps it until it is closed, and where it cannot be
+        // closed, for ever (`Registration::drop`).
+        let range = unsafe { MemoryRange::assume_registered(memory.addr(), memory.len()) };
+        let backing = Some(Backing::Kept { _memory: memory });
+        let inner = self.register_backed(range, Hmem::System, None, requested_key, backing)?;
+        Ok(MemoryRegion { inner: Arc::new(inner) })
+    }
+
     fn register_backed(
         self: &Arc<Self>,
         range: MemoryRange,
         hmem: Hmem,
         dmabuf: Option<&Dmabuf>,
         requested_key: u64,
-        backing: Option<Allocation>,
+        backing: Option<Backing>,
     ) -> std::result::Result<Registration, FabricError> {
         const CALL: &str = "fi_mr_regattr";
         if range.is_empty() || range.addr().checked_add(range.len()).is_none() {
@@ -327,7 +363,7 @@ impl RegisteredBuffer {
         let memory = Allocation::new(len)?;
         // SAFETY: the allocation is handed to the registration, which frees it after it has closed.
         let range = unsafe { MemoryRange::assume_registered(memory.memory.as_ptr() as u64, len as u64) };
-        let inner = domain.register_backed(range, hmem, None, requested_key, Some(memory))?;
+        let inner = domain.register_backed(range, hmem, None, requested_key, Some(Backing::Own(memory)))?;
         Ok(Self { region: MemoryRegion { inner: Arc::new(inner) } })
     }
 
@@ -388,7 +424,9 @@ impl RegisteredBuffer {
             "{len} bytes at {offset} are outside a buffer of {}",
             self.len()
         );
-        let memory = self.region.inner.backing.as_ref().expect("made by `new` with its memory").memory;
+        let Some(Backing::Own(Allocation { memory, .. })) = &self.region.inner.backing else {
+            unreachable!("made by `new` with its memory");
+        };
         // SAFETY: `offset` is within the allocation, checked above.
         unsafe { memory.as_ptr().add(offset) }
     }

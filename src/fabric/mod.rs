@@ -35,7 +35,7 @@ pub use endpoint::{Endpoint, EndpointOptions};
 pub use error::{FabricError, is_disconnect};
 pub use library::{Libfabric, Version};
 pub use local::copy_between;
-pub use memory::{Dmabuf, Hmem, MemoryRegion, RegisteredBuffer};
+pub use memory::{Dmabuf, Hmem, KeptMemory, MemoryRegion, RegisteredBuffer};
 pub use peers::FiAddr;
 pub use post::{Posted, Recv, Rma, RmaFlags, Send};
 

@@ -16,6 +16,10 @@ use crate::wire::PublicMetadata;
 /// Ranges at least this long are registered on several rails at once: pinning takes about 0.1 ms for each MiB.
 const PARALLEL_REGISTRATION_BYTES_MIN: u64 = 64 << 20;
 
+/// Key of memory that no rail reaches. It opens nothing: a stock peer's access is refused. Without any key that peer would
+/// divide by zero.
+const STAGED_KEY: u64 = u64::MAX - 1;
+
 /// Something that keeps regions of registrations: a prepared request.
 pub trait RegionUser: Send + Sync {
     /// Lets go of them for good: one of their ranges is deregistered.
@@ -168,6 +172,11 @@ impl Registration {
         })
     }
 
+    /// Whether no rail reaches it: GPU memory that moves by way of host memory.
+    pub fn is_staged(&self) -> bool {
+        self.kind() == MemKind::Vram && self.rails.is_empty()
+    }
+
     /// The rails that can move it, nearest first.
     pub fn rails(&self) -> &[RailId] {
         &self.rails
@@ -213,10 +222,12 @@ impl Registration {
 
     /// What peers need to reach it.
     pub fn public_metadata(&self) -> PublicMetadata {
-        PublicMetadata {
-            keys: self.lock_regions().iter().map(|r| r.as_ref().map(MemoryRegion::key)).collect(),
-            addr: self.memory.range.addr(),
+        let mut keys: Vec<_> =
+            self.lock_regions().iter().map(|r| r.as_ref().map(MemoryRegion::key)).collect();
+        if self.is_staged() {
+            keys[0] = Some(STAGED_KEY);
         }
+        PublicMetadata { keys, addr: self.memory.range.addr() }
     }
 
     /// Checks that a descriptor lies inside.
@@ -286,6 +297,11 @@ impl RemoteRegion {
     /// From what the peer said of it.
     pub fn new(desc: Desc, kind: MemKind, peer: Arc<Peer>, metadata: PublicMetadata) -> Self {
         Self { desc, kind, peer, metadata }
+    }
+
+    /// Whether none of the peer's rails reaches it: GPU memory that moves by way of the peer's host memory.
+    pub fn is_staged(&self) -> bool {
+        self.kind == MemKind::Vram && self.peer.stages_vram()
     }
 
     /// Whose it is.

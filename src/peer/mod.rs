@@ -192,6 +192,24 @@ impl Peer {
         })
     }
 
+    /// Whether its VRAM is reached through its host memory.
+    pub fn stages_vram(&self) -> bool {
+        self.extension().is_some_and(Extension::stages_vram)
+    }
+
+    /// Sends a control message, unless the handshake is not over: then `false`.
+    pub fn say(self: &Arc<Self>, body: Body<'_>) -> Result<bool> {
+        let state = self.lock();
+        if let Some(error) = state.gone.as_ref().or(state.suspect.as_ref()) {
+            return Err(error.clone());
+        }
+        let ready = state.link.ready().is_some();
+        if ready {
+            self.post_control(&state, body);
+        }
+        Ok(ready)
+    }
+
     /// How fast transfers have been.
     pub fn rates(&self) -> &Rates {
         &self.local.rates

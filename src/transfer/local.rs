@@ -246,10 +246,11 @@ impl LocalTransfer {
 
 /// The streams on which GPUs copy, one for each context, made when first needed.
 #[derive(Default)]
-struct Streams(Mutex<Vec<Stream>>);
+pub struct Streams(Mutex<Vec<Stream>>);
 
 impl Streams {
-    fn get(&self, context: &Context) -> Result<Stream> {
+    /// The stream of a context.
+    pub fn get(&self, context: &Context) -> Result<Stream> {
         let mut streams = self.lock();
         if let Some(stream) = streams.iter().find(|stream| stream.context() == context) {
             return Ok(stream.clone());
@@ -260,7 +261,7 @@ impl Streams {
     }
 
     /// The next copy in this context gets a new stream: the application may have reset the device.
-    fn forget(&self, context: &Context) {
+    pub fn forget(&self, context: &Context) {
         self.lock().retain(|stream| stream.context() != context);
     }
 

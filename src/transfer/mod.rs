@@ -6,6 +6,6 @@ pub mod plan;
 mod rates;
 mod request;
 
-pub use local::{LocalCopies, LocalPiece, LocalTransfer};
+pub use local::{LocalCopies, LocalPiece, LocalTransfer, Streams};
 pub use rates::Rates;
 pub use request::{Announced, Transfer};

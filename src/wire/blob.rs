@@ -86,6 +86,8 @@ pub struct Extension {
 pub mod capability {
     /// The agent reads immediates and control messages of version 2.
     pub const WIRE_V2: u32 = 1 << 0;
+    /// The agent's VRAM is reached through its host memory, by staging messages.
+    pub const STAGED_VRAM: u32 = 1 << 1;
 }
 
 impl Extension {
@@ -96,6 +98,11 @@ impl Extension {
     /// What an agent of this version says.
     pub fn ours(incarnation: u64, control_bytes_max: u32, notif_bytes_max: u64) -> Self {
         Self { capabilities: capability::WIRE_V2, incarnation, control_bytes_max, notif_bytes_max }
+    }
+
+    /// Whether the agent's VRAM is reached through its host memory.
+    pub fn stages_vram(&self) -> bool {
+        self.speaks_v2() && self.capabilities & capability::STAGED_VRAM != 0
     }
 
     /// Whether the agent reads the version 2 wire.

@@ -5,6 +5,7 @@
 use super::CONTROL_BYTES_MAX;
 use super::blob::Bytes;
 use super::serdes::malformed;
+use super::staging::Staging;
 use crate::error::Result;
 
 /// Bytes that every message starts with: u8 kind, 3 bytes zero, u64 session.
@@ -17,6 +18,7 @@ const FRAGMENT: u8 = 1;
 const TRANSFER_FAILED: u8 = 2;
 const ACK: u8 = 3;
 const GOODBYE: u8 = 4;
+const STAGING: u8 = 5;
 
 /// A control message and the sender's number for the connection ([`HandshakeExtension::session`]): a message of an
 /// earlier connection is told by it.
@@ -49,6 +51,8 @@ pub enum Body<'a> {
     },
     /// The sender leaves: nothing comes after it.
     Goodbye,
+    /// GPU memory is reached through host memory.
+    Staging(Staging<'a>),
 }
 
 /// A piece of a notification. All pieces of one repeat all fields but offset and payload.
@@ -87,6 +91,7 @@ impl<'a> ControlMessage<'a> {
             }
             ACK => Body::Ack { completed_below: u64::from_le_bytes(input.take().ok_or_else(cut)?) },
             GOODBYE => Body::Goodbye,
+            STAGING => Body::Staging(Staging::decode(&mut input)?),
             kind => return Err(malformed(format!("a control message has the unknown kind {kind}"))),
         };
         Ok(Self { session, body })
@@ -99,6 +104,7 @@ impl<'a> ControlMessage<'a> {
             Body::TransferFailed { .. } => TRANSFER_FAILED,
             Body::Ack { .. } => ACK,
             Body::Goodbye => GOODBYE,
+            Body::Staging(_) => STAGING,
         };
         out.clear();
         out.extend_from_slice(&[kind, 0, 0, 0]);
@@ -111,6 +117,7 @@ impl<'a> ControlMessage<'a> {
             }
             Body::Ack { completed_below } => out.extend_from_slice(&completed_below.to_le_bytes()),
             Body::Goodbye => {}
+            Body::Staging(message) => message.encode_into(out),
         }
     }
 }

@@ -9,6 +9,7 @@ pub mod control;
 pub mod handshake;
 pub mod immediate;
 pub mod serdes;
+pub mod staging;
 pub mod stock;
 
 pub use blob::{
@@ -17,6 +18,7 @@ pub use blob::{
 pub use control::{Body, ControlMessage, Fragment, FragmentCursor, Subject};
 pub use handshake::{Handshake, HandshakeExtension};
 pub use immediate::Immediate;
+pub use staging::Staging;
 pub use stock::{StockFirst, StockFragment, StockFragmentCursor};
 
 /// Largest control message in bytes: what a stock receiver has posted.

@@ -1,0 +1,149 @@
+//! Messages by which one agent moves data in and out of another's GPU memory through host memory.
+//! WIRE.md, "Kind 5, staging".
+
+use super::blob::Bytes;
+use super::serdes::malformed;
+use crate::error::Result;
+
+const ASK: u8 = 1;
+const LEND: u8 = 2;
+const COPY: u8 = 3;
+const COPIED: u8 = 4;
+
+/// Longest error text, in bytes; what is longer is cut.
+const TEXT_BYTES_MAX: usize = 1024;
+
+/// A message about staging.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Staging<'a> {
+    /// Lend me host memory of yours.
+    Ask,
+    /// Host memory for the receiver alone: slots that lie one behind the other in one region.
+    Lend {
+        /// Bytes of a slot.
+        slot_bytes: u32,
+        /// Number of slots; 0 if there is no memory to lend.
+        slots: u16,
+        /// The region, as [`PublicMetadata`](super::PublicMetadata).
+        region: &'a [u8],
+    },
+    /// Copy between a slot and GPU memory of yours.
+    Copy {
+        /// The sender's number for it, which comes back.
+        ticket: u64,
+        /// Which slot, from its beginning.
+        slot: u16,
+        /// From the slot into GPU memory; else the other way.
+        into_memory: bool,
+        /// Address in GPU memory.
+        addr: u64,
+        /// Bytes.
+        len: u32,
+    },
+    /// A copy is over.
+    Copied {
+        /// Its number.
+        ticket: u64,
+        /// Why it failed, as text; empty if it did not.
+        error: &'a [u8],
+    },
+}
+
+impl<'a> Staging<'a> {
+    pub(super) fn decode(input: &mut Bytes<'a>) -> Result<Self> {
+        let cut = || malformed("a staging message is cut short");
+        let [kind, ..] = input.take::<4>().ok_or_else(cut)?;
+        let message = match kind {
+            ASK => Some(Self::Ask),
+            LEND => Self::decode_lend(input),
+            COPY => Self::decode_copy(input),
+            COPIED => {
+                input.take().map(|ticket| Self::Copied { ticket: u64::from_le_bytes(ticket), error: input.0 })
+            }
+            kind => return Err(malformed(format!("a staging message has the unknown kind {kind}"))),
+        };
+        message.ok_or_else(cut)
+    }
+
+    fn decode_lend(input: &mut Bytes<'a>) -> Option<Self> {
+        let slot_bytes = u32::from_le_bytes(input.take()?);
+        let slots = u16::from_le_bytes(input.take()?);
+        Some(Self::Lend { slot_bytes, slots, region: input.0 })
+    }
+
+    fn decode_copy(input: &mut Bytes<'a>) -> Option<Self> {
+        Some(Self::Copy {
+            ticket: u64::from_le_bytes(input.take()?),
+            addr: u64::from_le_bytes(input.take()?),
+            len: u32::from_le_bytes(input.take()?),
+            slot: u16::from_le_bytes(input.take()?),
+            into_memory: input.take::<1>()? != [0],
+        })
+    }
+
+    pub(super) fn encode_into(&self, out: &mut Vec<u8>) {
+        let kind = match self {
+            Self::Ask => ASK,
+            Self::Lend { .. } => LEND,
+            Self::Copy { .. } => COPY,
+            Self::Copied { .. } => COPIED,
+        };
+        out.extend_from_slice(&[kind, 0, 0, 0]);
+        match *self {
+            Self::Ask => {}
+            Self::Lend { slot_bytes, slots, region } => {
+                out.extend_from_slice(&slot_bytes.to_le_bytes());
+                out.extend_from_slice(&slots.to_le_bytes());
+                out.extend_from_slice(region);
+            }
+            Self::Copy { ticket, slot, into_memory, addr, len } => {
+                out.extend_from_slice(&ticket.to_le_bytes());
+                out.extend_from_slice(&addr.to_le_bytes());
+                out.extend_from_slice(&len.to_le_bytes());
+                out.extend_from_slice(&slot.to_le_bytes());
+                out.push(into_memory.into());
+            }
+            Self::Copied { ticket, error } => {
+                out.extend_from_slice(&ticket.to_le_bytes());
+                out.extend_from_slice(&error[..error.len().min(TEXT_BYTES_MAX)]);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn round_trip(message: Staging<'_>) {
+        let mut out = Vec::new();
+        message.encode_into(&mut out);
+        assert_eq!(Staging::decode(&mut Bytes(&out)).unwrap(), message);
+        for len in 0..out.len() {
+            // Cut short it is an error or another message, never a panic.
+            let _ = Staging::decode(&mut Bytes(&out[..len]));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn messages_read_back(
+            (ticket, addr, len): (u64, u64, u32),
+            (slot, into_memory): (u16, bool),
+            text in vec(any::<u8>(), 0..200),
+        ) {
+            round_trip(Staging::Ask);
+            round_trip(Staging::Lend { slot_bytes: len, slots: slot, region: &text });
+            round_trip(Staging::Copy { ticket, slot, into_memory, addr, len });
+            round_trip(Staging::Copied { ticket, error: &text });
+        }
+
+        #[test]
+        fn any_bytes_are_read_or_refused(bytes in vec(any::<u8>(), 0..64)) {
+            let _ = Staging::decode(&mut Bytes(&bytes));
+        }
+    }
+}
