@@ -2,6 +2,7 @@
 
     cases.py shm          everything that goes over libfabric's shm provider with CUDA IPC, or stays in one agent
     cases.py tcp          a provider that cannot register GPU memory
+    cases.py staging      the same provider, with GPU memory by way of host memory
     cases.py sanitizer    a short run without PyTorch, to be started under compute-sanitizer
 """
 
@@ -91,11 +92,10 @@ def matrix(a, b, devices=(0, 0)):
     slowest = []
     for size in SIZES:
         places = {}
-        for node, device in {(a, devices[0]), (b, devices[1])}:
+        for side, node, device in (("here", a, devices[0]), ("there", b, devices[1])):
             for kind in ("cudaMalloc", "pinned"):
-                for side in ("here", "there") if a is b else (("here",) if node is a else ("there",)):
-                    places[side, kind] = address = node.allocate(kind, size, device)
-                    node.register(address, size, device)
+                places[side, kind] = address = node.allocate(kind, size, device)
+                node.register(address, size, device)
         meet(a, b)
         segments = {"cudaMalloc": "VRAM", "pinned": "DRAM"}
         for near, far in (("cudaMalloc", "cudaMalloc"), ("cudaMalloc", "pinned"), ("pinned", "cudaMalloc")):
@@ -464,6 +464,51 @@ def run_tcp():
     case("tcp: host memory works", host_memory_works)
 
 
+def wire_speed(a, b, kind):
+    """GB/s of a 64 MiB transfer each way, memory of one kind on both sides."""
+    size = 64 * MIB
+    segment = cuda.Block.KINDS[kind]
+    here, there = a.allocate(kind, size), b.allocate(kind, size)
+    a.register(here, size)
+    b.register(there, size)
+    meet(a, b)
+    rates = []
+    for operation in ("WRITE", "READ"):
+        handle = a.prepare(operation, ([(here, size, 0)], segment), ([(there, size, 0)], segment), b.name)
+        a.run(handle)
+        rates.append(size / min(a.run(handle) for _ in range(7)) / 1e9)
+        del handle
+    a.free(here)
+    b.free(there)
+    return rates
+
+
+def run_staging():
+    cuda.runtime("cudaFree", None)
+    versions()
+    params = {"vram_staging": "true"}
+    a, far = Node("here", params), Remote("there", params)
+
+    def speed_of_staging():
+        host, staged = wire_speed(a, far, "pinned"), wire_speed(a, far, "cudaMalloc")
+        ratios = [there / here for here, there in zip(host, staged)]
+        expect(min(ratios) >= 0.8, f"WRITE, READ in GB/s: host memory {host}, VRAM {staged}")
+        words = (f"{what} {v:.2f} GB/s, {r:.2f} of host memory's" for what, v, r in zip(("WRITE", "READ"), staged, ratios))
+        return ", ".join(words)
+
+    case("staging: memory kinds list VRAM", vram_is_listed, a)
+    case("staging: an agent with itself", matrix, a, a)
+    case("staging: two processes", matrix, a, far)
+    case("staging: two processes, 4,096 pieces", many_pieces, a, far)
+    for kind in ("cudaMallocAsync", "VMM"):
+        case(f"staging: {kind} memory", kind_of_memory, a, far, kind, "VRAM")
+    case("staging: current device and context stay", current_stays, a, a)
+    if cuda.device_count() > 1:
+        case("staging: two GPUs", matrix, a, far, (0, 1))
+    case("staging: speed over tcp", speed_of_staging)
+    far.close()
+
+
 def run_sanitizer():
     global SIZES
     SIZES = [64 * KIB + 1, 8 * MIB]
@@ -475,7 +520,7 @@ def run_sanitizer():
 
 
 if __name__ == "__main__":
-    {"shm": run_shm, "tcp": run_tcp, "sanitizer": run_sanitizer}[sys.argv[1]]()
+    {"shm": run_shm, "tcp": run_tcp, "staging": run_staging, "sanitizer": run_sanitizer}[sys.argv[1]]()
     sys.stdout.flush()
     # Interpreters differ in the order in which they end things at exit; what is tested is over.
     os._exit(1 if failures else 0)

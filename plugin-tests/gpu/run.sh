@@ -44,6 +44,7 @@ cases() {
 nvidia-smi --query-gpu=index,name,pci.bus_id,driver_version --format=csv,noheader 2>/dev/null
 cases shm shm
 cases tcp tcp
+cases staging tcp
 if command -v compute-sanitizer >/dev/null; then
     cases sanitizer shm compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes application-only
 else

@@ -131,8 +131,8 @@ mod tests {
     proptest! {
         #[test]
         fn messages_read_back(
-            (ticket, addr, len): (u64, u64, u32),
-            (slot, into_memory): (u16, bool),
+            (ticket, addr, len) in any::<(u64, u64, u32)>(),
+            (slot, into_memory) in any::<(u16, bool)>(),
             text in vec(any::<u8>(), 0..200),
         ) {
             round_trip(Staging::Ask);

@@ -328,7 +328,9 @@ impl Client {
             transfer.part_finished();
             return Err(e);
         }
-        rails.into_iter().for_each(|rail| shared.kick(rail));
+        for rail in rails {
+            shared.kick(rail);
+        }
         Ok(transfer)
     }
 
