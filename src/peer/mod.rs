@@ -197,15 +197,15 @@ impl Peer {
         self.extension().is_some_and(Extension::stages_vram)
     }
 
-    /// Sends a control message, unless the handshake is not over: then `false`.
+    /// Sends a control message, unless the handshake is not over: then `false`. It may be lost, but comes at most once.
     pub fn say(self: &Arc<Self>, body: Body<'_>) -> Result<bool> {
         let state = self.lock();
         if let Some(error) = state.gone.as_ref().or(state.suspect.as_ref()) {
             return Err(error.clone());
         }
         let ready = state.link.ready().is_some();
-        if ready {
-            self.post_control(&state, body);
+        if ready && let Some((message, immediate)) = control(&state, body) {
+            self.hand_over(Outgoing::single(self, message, immediate));
         }
         Ok(ready)
     }
@@ -278,7 +278,7 @@ impl Peer {
             state.lock_stock_ids().retire(transfer.id as u16);
         } else if transfer.session == state.link.session() {
             // In a newer session the number is another transfer's, and the peer has forgotten this one.
-            self.post_control(&state, Body::TransferFailed { transfer_id: transfer.id, final_count: 0 });
+            self.post_counted(&state, Body::TransferFailed { transfer_id: transfer.id, final_count: 0 });
         }
     }
 
@@ -452,13 +452,12 @@ impl Peer {
         Ok(())
     }
 
-    fn post_control(self: &Arc<Self>, state: &State, body: Body<'_>) {
-        let Some(theirs) = state.link.theirs() else { return };
-        let mut message = Vec::new();
-        let session = state.link.session();
-        crate::wire::ControlMessage { session, body }.encode_into(&mut message);
-        let immediate = Immediate::Control { peer: theirs.index };
-        self.hand_over(Outgoing::single(self, message.clone(), immediate).counted_by(message, session));
+    /// Posts what the peer counts by: it is sent again if it fails.
+    fn post_counted(self: &Arc<Self>, state: &State, body: Body<'_>) {
+        if let Some((message, immediate)) = control(state, body) {
+            let session = state.link.session();
+            self.hand_over(Outgoing::single(self, message.clone(), immediate).counted_by(message, session));
+        }
     }
 
     fn hand_over(self: &Arc<Self>, outgoing: Outgoing) {
@@ -544,7 +543,7 @@ impl Peer {
             (taken, receiver.take_ack())
         };
         if let Some(completed_below) = ack {
-            self.post_control(&self.lock(), Body::Ack { completed_below });
+            self.post_counted(&self.lock(), Body::Ack { completed_below });
         }
         taken
     }
@@ -643,4 +642,12 @@ fn fail_waiting(state: &mut State, error: &Error) -> Vec<Arc<Transfer>> {
         }
     }
     ended
+}
+
+/// A control message of this session and the immediate that goes with it, once the peer's index is known.
+fn control(state: &State, body: Body<'_>) -> Option<(Vec<u8>, Immediate)> {
+    let theirs = state.link.theirs()?;
+    let mut message = Vec::new();
+    crate::wire::ControlMessage { session: state.link.session(), body }.encode_into(&mut message);
+    Some((message, Immediate::Control { peer: theirs.index }))
 }

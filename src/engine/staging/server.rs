@@ -85,7 +85,6 @@ impl Server {
     pub fn copy(&mut self, staging: &Staging, streams: &Directions, peer: Arc<Peer>, wish: Wish) {
         match self.start(staging, streams, &peer, wish) {
             Ok((region, copy)) => {
-                region.begin_use();
                 self.jobs.push(Job { peer, ticket: wish.ticket, slot: wish.slot, region, copy });
             }
             Err(e) => {
@@ -95,6 +94,7 @@ impl Server {
         }
     }
 
+    /// Begins a copy; the region stays in use until the copy is over.
     fn start(
         &self,
         staging: &Staging,
@@ -111,7 +111,14 @@ impl Server {
         let context = region.copy_context()?.ok_or_else(|| Error::invalid("the region is host memory"))?;
         let slot = slots.span(wish.slot, desc.len)?;
         let memory = Span::registered(desc.addr, desc.len)?;
-        let copy = streams.copy(&context, wish.into_memory, slot, memory)?;
+        // Used first and looked at then, so that a deregistration either sees the use or is seen.
+        region.begin_use();
+        let copy = if region.is_retired() {
+            Err(Error::not_found(format!("{region} was deregistered")))
+        } else {
+            streams.copy(&context, wish.into_memory, slot, memory)
+        };
+        let copy = copy.inspect_err(|_| region.end_use())?;
         Ok((region, copy))
     }
 
