@@ -42,7 +42,7 @@ impl Stage {
             (driver, fabric)
         });
         let stage = Self { bed: Bed::on(driver), fabric: fabric.clone(), _turn: turn };
-        for (key, value) in [("hmem", 1), ("dmabuf", 1), ("cuda", 1)] {
+        for (key, value) in [("nic", 1), ("hmem", 1), ("dmabuf", 1), ("cuda", 1)] {
             stage.fabric_option(key, value);
         }
         for (key, value) in [("dmabuf", 1), ("dmabuf_across", 1), ("polls", 3)] {
@@ -189,6 +189,22 @@ fn where_no_dmabuf_is_to_be_had_the_address_is_registered() {
         drop(metadata);
     }
     assert_eq!(stage.bed.open_dmabufs(), 0);
+}
+
+/// Without it a provider that copies by CUDA completes operations before the copies are over.
+#[test]
+fn copies_on_registered_memory_are_synchronous_whoever_makes_them() {
+    let stage = Stage::new();
+    for nic in [1, 0] {
+        stage.fabric_option("nic", nic);
+        let engine = stage.engine_with("alone", false, &[("devices", "*")]);
+        let addr = stage.gpu(0, MIB, 0);
+        stage.bed.take_log();
+        let metadata = vram(&engine, addr, MIB, 0).unwrap();
+        let log = stage.bed.take_log();
+        assert!(log.iter().any(|line| line.starts_with("cuPointerSetAttribute")), "nic {nic}: {log:?}");
+        drop(metadata);
+    }
 }
 
 #[test]

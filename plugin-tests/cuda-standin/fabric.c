@@ -17,13 +17,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define OURS "standin-nic"
 #define DMABUF (1ULL << 40)
 // fi_mr_dmabuf of 1.20.
 struct dmabuf { int fd; uint64_t offset; size_t len; void *base_addr; };
 
-static struct { int hmem, dmabuf, cuda; } option = { 1, 1, 1 };
+static struct { int hmem, dmabuf, cuda, nic; } option = { 1, 1, 1, 1 };
 static atomic_int gpu_regions, looked_without_context;
+
+// The provider's name: one of a NIC, or of software that copies by CUDA.
+static const char *ours(void) { return option.nic ? "standin-nic" : "tcp"; }
 
 static void *driver_symbol(const char *name) {
     void *driver = dlopen(getenv("NIXL_LIBFABRIC_LIBCUDA"), RTLD_NOW | RTLD_NOLOAD);
@@ -72,12 +74,12 @@ int fi_getinfo(uint32_t version, const char *node, const char *service, uint64_t
     if (hmem && !option.hmem) return -FI_ENODATA;
     asked.caps &= ~FI_HMEM;
     domain.mr_mode &= ~FI_MR_HMEM;
-    if (!fabric.prov_name || !strcmp(fabric.prov_name, OURS)) fabric.prov_name = real_provider();
+    if (!fabric.prov_name || !strcmp(fabric.prov_name, ours())) fabric.prov_name = real_provider();
     asked.fabric_attr = &fabric;
     asked.domain_attr = &domain;
     int rc = get(FI_VERSION(1, 17), node, service, flags, &asked, info);
     for (struct fi_info *one = rc ? NULL : *info; one; one = one->next) {
-        rename_to(one->fabric_attr, OURS);
+        rename_to(one->fabric_attr, ours());
         if (!hmem) continue;
         one->caps |= FI_HMEM;
         one->domain_attr->mr_mode |= FI_MR_HMEM;
@@ -90,7 +92,7 @@ int fi_getinfo(uint32_t version, const char *node, const char *service, uint64_t
 static void disguise(struct fi_info *info, int on) {
     static __thread uint64_t hmem;
     static __thread uint32_t version;
-    rename_to(info->fabric_attr, on ? OURS : real_provider());
+    rename_to(info->fabric_attr, on ? ours() : real_provider());
     if (!on) {
         hmem = info->caps & FI_HMEM;
         version = info->fabric_attr->api_version;
@@ -194,10 +196,12 @@ int fi_fabric(struct fi_fabric_attr *attr, struct fid_fabric **fabric, void *use
 
 // ---- the test's side ----
 
-// hmem: whether FI_HMEM is offered; dmabuf: whether one is taken; cuda: whether GPU memory can be registered at all.
+// nic: whether it is a NIC's provider; hmem: whether FI_HMEM is offered; dmabuf: whether one is taken; cuda: whether GPU
+// memory can be registered at all.
 void standin_fabric_option(const char *key, int value) {
     if (!strcmp(key, "hmem")) option.hmem = value;
     else if (!strcmp(key, "dmabuf")) option.dmabuf = value;
+    else if (!strcmp(key, "nic")) option.nic = value;
     else if (!strcmp(key, "cuda")) option.cuda = value;
     else abort();
     looked_without_context = 0;

@@ -130,6 +130,28 @@ def many_pieces(a, b):
     return f"{seconds * 1e3:.1f} ms"
 
 
+def done_means_arrived(a, b):
+    """The end of a transfer that takes the GPU a while is read without regard to any other stream once it is DONE."""
+    size, tail = GIB, 64 * KIB
+    here, there = a.allocate("cudaMalloc", size), b.allocate("cudaMalloc", size)
+    a.register(here, size)
+    b.register(there, size)
+    meet(a, b)
+    for round_, (operation, giver, taker) in enumerate((("WRITE", (a, here), (b, there)), ("READ", (b, there), (a, here))) * 2):
+        giver[0].fill(giver[1], round_)
+        taker[0].fill(taker[1], round_ + 100)
+        handle = a.prepare(operation, ([(here, size, 0)], "VRAM"), ([(there, size, 0)], "VRAM"), b.name)
+        a.run(handle)
+        expect(
+            np.array_equal(taker[0].tail_at_once(taker[1], tail), giver[0].tail_at_once(giver[1], tail)),
+            f"{operation} was DONE before its bytes were there",
+        )
+        del handle
+    a.free(here)
+    b.free(there)
+    return f"{size} bytes"
+
+
 # Kinds of memory
 
 
@@ -417,6 +439,7 @@ def run_shm():
     if far:
         case("two processes", matrix, a, far)
         case("two processes, 4,096 pieces", many_pieces, a, far)
+        case("two processes, DONE means arrived", done_means_arrived, a, far)
         for kind, segment in cuda.Block.KINDS.items():
             if kind not in ("managed", "pageable"):
                 case(f"{kind} memory as {segment}", kind_of_memory, a, far, kind, segment)
@@ -500,6 +523,7 @@ def run_staging():
     case("staging: an agent with itself", matrix, a, a)
     case("staging: two processes", matrix, a, far)
     case("staging: two processes, 4,096 pieces", many_pieces, a, far)
+    case("staging: DONE means arrived", done_means_arrived, a, far)
     for kind in ("cudaMallocAsync", "VMM"):
         case(f"staging: {kind} memory", kind_of_memory, a, far, kind, "VRAM")
     case("staging: current device and context stay", current_stays, a, a)

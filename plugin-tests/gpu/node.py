@@ -61,6 +61,9 @@ class Node:
     def difference(self, address, seed):
         return self.blocks[address].difference(seed)
 
+    def tail_at_once(self, address, size):
+        return cuda.read_at_once(address + self.blocks[address].size - size, size)
+
     def metadata(self):
         return self.agent.get_agent_metadata()
 

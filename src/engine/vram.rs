@@ -23,11 +23,13 @@ const DMABUF_API: Version = Version::new(1, 20);
 /// Bytes registered to find out whether a provider knows CUDA at all.
 const PROBE_BYTES: usize = 4096;
 
-/// How a NIC came to know accelerator memory.
+/// How a provider came to know accelerator memory, as far as the log tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Way {
     Dmabuf,
     Address,
+    /// The provider copies it by CUDA, which does not tell it when a copy is over.
+    Unordered,
 }
 
 /// What the engine does with accelerator memory.
@@ -150,13 +152,22 @@ impl Vram {
             context: allocation.context.clone(),
         };
         let near = placement.rails_for_accelerator(Some(device.pci));
-        let exported = self.export(rails, &near, || {
-            cuda.set_sync_memops(&allocation)?;
-            one(cuda.export(&allocation, range.addr(), range.len())?)
-        });
+        // For providers that copy by CUDA, too: a copy within a GPU returns before it is over, and its operation would be
+        // completed before the data has arrived.
+        let in_sync = cuda.set_sync_memops(&allocation)?;
+        let exported =
+            self.export(rails, &near, || one(cuda.export(&allocation, range.addr(), range.len())?));
         // Before there is a region, so that whoever drives next is in it.
         if let Some(context) = &allocation.context {
             self.context.get_or_init(|| context.clone());
+        }
+        if !self.by_nic && !in_sync && self.is_news(&memory, Way::Unordered) {
+            log::warn!(
+                "CUDA {}: CUDA does not let the provider wait for its copies of {}, so a transfer may be done before its last \
+                 copy is; allocate with cudaMalloc where that matters",
+                device.ordinal,
+                allocation.kind
+            );
         }
         self.register_either_way(rails, near, &memory, exported).map_err(|e| {
             if self.by_nic && !allocation.gdr_supported {
@@ -227,29 +238,30 @@ impl Vram {
         });
         match by_dmabuf {
             Ok(registration) => {
-                self.tell(memory, Way::Dmabuf, "");
+                self.tell(memory, Way::Dmabuf, "by dmabuf");
                 Ok(registration)
             }
             Err(no_dmabuf) => {
                 let registration = Registration::new(rails, near, memory.clone(), None)
                     .map_err(|e| Error::new(e.status(), format!("{e}; by dmabuf: {no_dmabuf}")))?;
-                self.tell(memory, Way::Address, &format!(" (dmabuf: {no_dmabuf})"));
+                self.tell(memory, Way::Address, &format!("by address (dmabuf: {no_dmabuf})"));
                 Ok(registration)
             }
         }
     }
 
+    /// Whether the log has not told this yet of a device.
+    fn is_news(&self, memory: &Memory, way: Way) -> bool {
+        let (Hmem::Cuda { device, .. } | Hmem::Neuron { device }) = memory.hmem else { return false };
+        self.told.lock().unwrap_or_else(PoisonError::into_inner).insert((device, way))
+    }
+
     /// Says once for each device how its memory is registered.
-    fn tell(&self, memory: &Memory, way: Way, why: &str) {
+    fn tell(&self, memory: &Memory, way: Way, words: &str) {
         let (Hmem::Cuda { device, .. } | Hmem::Neuron { device }) = memory.hmem else { return };
-        if !self.told.lock().unwrap_or_else(PoisonError::into_inner).insert((device, way)) {
-            return;
+        if self.is_news(memory, way) {
+            log::info!("memory of {} {device} is registered {words}", hmem_name(memory.hmem));
         }
-        let way = match way {
-            Way::Dmabuf => "by dmabuf",
-            Way::Address => "by address",
-        };
-        log::info!("memory of {} {device} is registered {way}{why}", hmem_name(memory.hmem));
     }
 
     /// Attributes of a range that can be registered; `None` for one that cannot.
