@@ -321,8 +321,11 @@ impl Cuda {
     /// False where the kind of memory has no such switch (VMM and stream-ordered memory): the application orders its
     /// work before it posts, as it must for kernels anyway.
     pub fn set_sync_memops(&self, allocation: &Allocation) -> Result<bool> {
+        if !matches!(allocation.kind, Kind::Device | Kind::Imported) {
+            return Ok(false);
+        }
         let on: c_uint = 1;
-        with_context(self, allocation.context.as_ref(), || {
+        let rc = with_context(self, allocation.context.as_ref(), || {
             // SAFETY: reads one unsigned int; the address is looked up, not accessed.
             unsafe {
                 (self.api().pointer_set_attribute)(
@@ -331,10 +334,10 @@ impl Cuda {
                     allocation.base,
                 )
             }
-        })
-        .and_then(|rc| match rc {
+        })?;
+        match rc {
             sys::ERROR_INVALID_VALUE | sys::ERROR_NOT_SUPPORTED => Ok(false),
             _ => self.check("cuPointerSetAttribute", rc).map(|()| true),
-        })
+        }
     }
 }
