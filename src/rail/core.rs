@@ -116,7 +116,13 @@ impl Core {
             },
         )?;
         let mut receives = Receives::new(domain, limits.receive_buffers, MESSAGE_BYTES_MAX, next_key())?;
-        let messages = Messages::new(domain, limits.send_buffers, message_base, next_key())?;
+        let messages = Messages::new(
+            domain,
+            limits.send_buffers,
+            message_base,
+            next_key(),
+            efa::numbers_messages(device),
+        )?;
         for buffer in receives.registered().into_iter().chain([messages.registered()]) {
             buffer.region().bind(&endpoint)?;
         }
@@ -226,7 +232,13 @@ impl Core {
                     self.turns.push_back(key);
                 }
                 (Command::Message(message), Ok(destination)) => {
-                    self.messages.push(destination, message.source);
+                    if let Some(deaf) = self.destinations.get(destination).deaf.clone() {
+                        self.destinations.release(destination);
+                        message.source.on_finished(Err(deaf));
+                        finished += 1;
+                    } else {
+                        self.messages.push(destination, message.source);
+                    }
                 }
                 (Command::Run(run), Err(e)) => {
                     run.owner.on_error(e);

@@ -35,6 +35,8 @@ pub(super) struct Entry {
     pub last_progress: Instant,
     /// The connection broke, and nothing has completed since.
     pub lost: bool,
+    /// Why no message reaches it any more.
+    pub deaf: Option<Error>,
     last_used: u64,
 }
 
@@ -114,6 +116,7 @@ impl Destinations {
             users: 0,
             last_progress: Instant::now(),
             lost: false,
+            deaf: None,
             last_used: self.clock,
         };
         let index = self.vacant.pop().unwrap_or_else(|| {

@@ -44,6 +44,16 @@ struct Active {
     put_off: Option<(Vec<u8>, u32)>,
 }
 
+/// What a buffer is for.
+#[derive(Clone, Copy)]
+enum Slot {
+    Free,
+    /// A fragment of this message is in flight.
+    Of(usize),
+    /// The message of the fragment in flight was given up; the buffer is the provider's until it completes.
+    Abandoned(DestinationKey),
+}
+
 enum Turn {
     /// The destination or the buffers are exhausted for now.
     Blocked,
@@ -55,8 +65,9 @@ pub(super) struct Messages {
     buffer: RegisteredBuffer,
     context_base: u32,
     free: Vec<u32>,
-    /// Message of each buffer in flight.
-    in_flight: Vec<Option<usize>>,
+    in_flight: Vec<Slot>,
+    /// A message that is lost keeps later ones from being delivered.
+    numbered: bool,
     active: Slab<Active>,
     queues: HashMap<DestinationKey, VecDeque<usize>>,
     turns: VecDeque<DestinationKey>,
@@ -64,12 +75,19 @@ pub(super) struct Messages {
 }
 
 impl Messages {
-    pub fn new(domain: &Arc<Domain>, count: u32, context_base: u32, key: u64) -> Result<Self> {
+    pub fn new(
+        domain: &Arc<Domain>,
+        count: u32,
+        context_base: u32,
+        key: u64,
+        numbered: bool,
+    ) -> Result<Self> {
         Ok(Self {
+            numbered,
             buffer: RegisteredBuffer::new(domain, count as usize * MESSAGE_BYTES_MAX, key)?,
             context_base,
             free: (0..count).rev().collect(),
-            in_flight: vec![None; count as usize],
+            in_flight: vec![Slot::Free; count as usize],
             active: Slab::new(),
             queues: HashMap::new(),
             turns: VecDeque::new(),
@@ -165,7 +183,7 @@ impl Messages {
                     self.free.pop();
                     message.outstanding += 1;
                     entry.messages += 1;
-                    self.in_flight[buffer as usize] = Some(key);
+                    self.in_flight[buffer as usize] = Slot::Of(key);
                     *posted += 1;
                 }
                 Ok(Posted::Again) => {
@@ -222,9 +240,19 @@ impl Messages {
         now: Instant,
     ) -> usize {
         let buffer = context - self.context_base;
-        let Some(key) = self.in_flight[buffer as usize].take() else {
-            log::warn!("a send completed twice; the second completion was ignored");
-            return 0;
+        let slot = std::mem::replace(&mut self.in_flight[buffer as usize], Slot::Free);
+        let key = match slot {
+            Slot::Of(key) => key,
+            Slot::Abandoned(destination) => {
+                self.free.push(buffer);
+                destinations.get(destination).messages -= 1;
+                destinations.release(destination);
+                return 0;
+            }
+            Slot::Free => {
+                log::warn!("a send completed twice; the second completion was ignored");
+                return 0;
+            }
         };
         self.free.push(buffer);
         let message = &mut self.active[key];
@@ -233,11 +261,42 @@ impl Messages {
         message.outstanding -= 1;
         entry.completed(error.as_ref(), now);
         if let Some(error) = error {
+            if self.numbered {
+                entry.deaf.get_or_insert_with(|| deafened(&error));
+                let destination = message.destination;
+                message.error.get_or_insert(error);
+                return self.abandon(destination, destinations);
+            }
             message.error.get_or_insert(error);
             message.put_off = None;
             message.exhausted = true;
         }
         if self.is_queued(key) { 0 } else { self.settle(key, destinations) }
+    }
+
+    /// Ends all messages to a destination that no message reaches any more. What is in flight may complete or not.
+    fn abandon(&mut self, destination: DestinationKey, destinations: &mut Destinations) -> usize {
+        self.queues.remove(&destination);
+        self.turns.retain(|&turn| turn != destination);
+        let Some(deaf) = destinations.get(destination).deaf.clone() else { return 0 };
+        let given_up: Vec<usize> = self
+            .active
+            .iter()
+            .filter(|(_, message)| message.destination == destination)
+            .map(|(key, _)| key)
+            .collect();
+        for slot in &mut self.in_flight {
+            if matches!(*slot, Slot::Of(key) if given_up.contains(&key)) {
+                *slot = Slot::Abandoned(destination);
+                destinations.get(destination).users += 1;
+            }
+        }
+        for &key in &given_up {
+            let message = self.active.remove(key);
+            destinations.release(destination);
+            message.source.on_finished(Err(message.error.unwrap_or_else(|| deaf.clone())));
+        }
+        given_up.len()
     }
 
     fn is_queued(&self, key: usize) -> bool {
@@ -263,7 +322,7 @@ impl Messages {
     pub fn fail_all(&mut self, error: &Error) -> usize {
         self.turns.clear();
         self.queues.clear();
-        self.in_flight.fill(None);
+        self.in_flight.fill(Slot::Free);
         let count = self.active.len();
         for message in self.active.drain() {
             message.source.on_finished(Err(error.clone()));
@@ -284,6 +343,14 @@ impl Messages {
         message.error = Some(error);
         self.settle(key, destinations)
     }
+}
+
+/// Why a destination hears no more.
+fn deafened(error: &Error) -> Error {
+    Error::disconnected(format!(
+        "a message to it was lost, and the efa provider delivers none that come after it: restart that agent or this one \
+         (the fabric efa-direct has no such limit). The message was lost to: {error}"
+    ))
 }
 
 struct Full;

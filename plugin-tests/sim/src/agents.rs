@@ -977,7 +977,14 @@ impl Play {
         }
     }
 
-    /// Whatever happened between two agents that both live: it goes on between them.
+    /// Whether one of the two gets no more messages of the other, as long as both live.
+    fn is_deaf(&self, i: usize, j: usize) -> bool {
+        let (one, other) = (self.agents[i].host, self.agents[j].host);
+        let state = self.world.state();
+        state.is_deaf(one, other) || state.is_deaf(other, one)
+    }
+
+    /// Whatever happened between two agents that both live: it goes on between them, unless the provider cannot.
     fn check_recovery(&mut self) {
         for i in 0..self.agents.len() {
             for j in 0..self.agents.len() {
@@ -985,6 +992,9 @@ impl Play {
                     continue;
                 }
                 if self.agents[i].remote.get(&j).is_none_or(|(run, _)| *run != self.agents[j].run) {
+                    continue;
+                }
+                if self.is_deaf(i, j) {
                     continue;
                 }
                 if !self.notification_gets_through(i, j) {
@@ -1002,7 +1012,8 @@ impl Play {
                 let gone = self.engine(i).is_none() || self.engine(j).is_none();
                 let outdated =
                     self.agents[i].remote.get(&j).is_some_and(|(run, _)| *run != self.agents[j].run);
-                self.disturbed[i][j] = gone || outdated || self.removed[i][j] || self.removed[j][i];
+                let removed = self.removed[i][j] || self.removed[j][i];
+                self.disturbed[i][j] = gone || outdated || removed || self.is_deaf(i, j);
             }
         }
         // What was promised while promises were off is not owed now.

@@ -46,6 +46,8 @@ pub(crate) struct Flight {
     pub completed: bool,
     /// Nothing of it is to come at the target.
     pub landed: bool,
+    /// A message that is never delivered, because an earlier one was lost.
+    pub swallowed: bool,
     /// It is to fail when this many pieces are left.
     pub fails: Option<u32>,
 }
@@ -183,11 +185,19 @@ impl State {
             self.fail_unreachable(id);
             return;
         }
+        let pair = (source, target.unwrap_or_default());
+        if message && self.deaf.contains(&pair) {
+            self.swallow(id);
+            return;
+        }
         let chance = if message { self.faults.send_error } else { self.faults.rma_error };
         let mut fails = self.rng.chance(chance);
         if message && self.faults.sends_to_fail > 0 {
             self.faults.sends_to_fail -= 1;
             fails = true;
+        }
+        if message && fails && self.profile.numbers_messages {
+            self.deaf.insert(pair);
         }
         let pieces = if message { 1 } else { self.rng.within(1, PIECES_MAX.min(len.max(1) as u64)) };
         let left_at_failure = fails.then(|| self.rng.within(1, pieces) as u32);
@@ -213,6 +223,19 @@ impl State {
         }
         if message && !fails && self.rng.chance(300) {
             self.at(now, Event::Complete { flight: id });
+        }
+    }
+
+    /// The message waits at its target for one that was lost. Its sender may be told that it has left.
+    fn swallow(&mut self, id: FlightId) {
+        let told = self.rng.chance(300);
+        let flight = self.flights.get_mut(&id).expect("it is there");
+        flight.swallowed = true;
+        let (local, source, target) = (flight.local, flight.source, flight.target);
+        let target_host = target.map(|t| self.eps[t].host);
+        self.injuries.push(Injury { source_host: self.eps[source].host, target_host, local, message: true });
+        if told {
+            self.at(clock::now_ns(), Event::Complete { flight: id });
         }
     }
 

@@ -1033,6 +1033,7 @@ fn post(ep: &Object<sys::fid_ep>, order: &Order) -> isize {
             pieces_left: 0,
             completed: false,
             landed: false,
+            swallowed: false,
             fails: None,
         },
     );

@@ -3,7 +3,7 @@
 //! A rule that the code under test breaks is noted in [`State::broken`], not panicked about: panics cannot cross the
 //! tables of C functions. The driver looks after each call.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -44,6 +44,8 @@ pub struct Profile {
     pub orders_writes: bool,
     /// Messages to one peer are matched in order.
     pub orders_sends: bool,
+    /// Messages are numbered: what follows one that was lost is never delivered.
+    pub numbers_messages: bool,
     /// A write with immediate data uses up a receive.
     pub rx_cq_data: bool,
     /// What is for a host happens when that host polls; else its NIC does it alone.
@@ -64,6 +66,7 @@ pub const EFA: Profile = Profile {
     delivery_complete: true,
     orders_writes: false,
     orders_sends: false,
+    numbers_messages: true,
     rx_cq_data: false,
     host_driven: false,
     queues_in_memory: false,
@@ -71,7 +74,8 @@ pub const EFA: Profile = Profile {
 };
 
 /// The efa-direct fabric, with writes that use up receives.
-pub const EFA_DIRECT: Profile = Profile { fabric: "efa-direct", rx_cq_data: true, ..EFA };
+pub const EFA_DIRECT: Profile =
+    Profile { fabric: "efa-direct", numbers_messages: false, rx_cq_data: true, ..EFA };
 
 /// The tcp provider.
 pub const TCP: Profile = Profile {
@@ -81,6 +85,7 @@ pub const TCP: Profile = Profile {
     prov_key: false,
     orders_writes: true,
     orders_sends: true,
+    numbers_messages: false,
     host_driven: true,
     queues_in_memory: true,
     connects: true,
@@ -88,8 +93,14 @@ pub const TCP: Profile = Profile {
 };
 
 /// A provider whose registrations are bound to endpoints, as cxi's are.
-pub const BOUND_MR: Profile =
-    Profile { provider: "cxi", fabric: "cxi", virt_addr: false, mr_endpoint: true, ..EFA };
+pub const BOUND_MR: Profile = Profile {
+    provider: "cxi",
+    fabric: "cxi",
+    virt_addr: false,
+    mr_endpoint: true,
+    numbers_messages: false,
+    ..EFA
+};
 
 /// What stands still on the network, until it goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -254,6 +265,8 @@ pub struct State {
     pub poll_batch: usize,
     /// Errors that were injected or found.
     pub injuries: Vec<Injury>,
+    /// Endpoints, the second of which gets no more messages of the first.
+    pub(crate) deaf: HashSet<(usize, usize)>,
     /// Rules that were broken.
     pub broken: Vec<String>,
     /// Calls into the provider since the driver last set it to 0.
@@ -320,9 +333,18 @@ impl State {
         self.run_due();
     }
 
-    /// Operations in flight on a host's rails, receives aside.
+    /// Operations in flight on a host's rails, receives and what will never end aside.
     pub fn operations_in_flight(&self, host: usize) -> usize {
-        self.live_endpoints(host).map(|ep| ep.outstanding).sum()
+        let endless =
+            |flight: &&Flight| flight.swallowed && !flight.completed && self.eps[flight.source].host == host;
+        let all: usize = self.live_endpoints(host).map(|ep| ep.outstanding).sum();
+        all - self.flights.values().filter(endless).count()
+    }
+
+    /// Whether messages of one host no longer reach the other, on any rail.
+    pub fn is_deaf(&self, from: usize, to: usize) -> bool {
+        let lives = |ep: usize, host| self.eps[ep].host == host && !self.eps[ep].closed;
+        self.deaf.iter().any(|&(source, target)| lives(source, from) && lives(target, to))
     }
 
     /// Receives posted on each rail of a host.
@@ -367,6 +389,7 @@ impl World {
             tx_size: 1024,
             poll_batch: 64,
             injuries: Vec::new(),
+            deaf: HashSet::new(),
             broken: Vec::new(),
             calls: 0,
             setup_calls: 0,

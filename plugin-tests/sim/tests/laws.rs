@@ -86,7 +86,7 @@ fn a_late_failure_does_not_hurt_the_transfer_with_its_number_in_the_next_session
 fn the_window_opens_again_after_a_failure_could_not_be_told() {
     // Sent again once, and not at all: then both begin to count anew.
     for losses in [1, 12] {
-        let mut group = Group::new(2, EFA, 1, OPTIONS);
+        let mut group = Group::new(2, EFA_DIRECT, 1, OPTIONS);
         group.live(20);
         group.world.state().faults.rma_error = 1000;
         let failing = group.write(0, 1, (0, 64), Some(b"failing"));
@@ -109,6 +109,27 @@ fn the_window_opens_again_after_a_failure_could_not_be_told() {
         drop(request);
         group.close();
     }
+}
+
+/// The efa fabric delivers no message that follows a lost one: no transfer that needs one waits for ever, and writes go on.
+#[test]
+fn who_hears_no_more_keeps_nobody_waiting() {
+    let mut group = Group::new(2, EFA, 1, OPTIONS);
+    group.live(20);
+    group.world.state().faults.sends_to_fail = 1;
+    let many: Vec<_> = (0..6).map(|i| group.write(0, 1, (i * 4096, 64), Some(b"lost"))).collect();
+    // Some messages may be said to have left before the loss is known.
+    let failed = many.iter().filter(|request| group.finish(0, request).is_err()).count();
+    assert!(failed > 0);
+    let late = group.prepare(Op::Write, 0, 1, &[(0, 8)]).unwrap();
+    if group.engine(0).post_xfer(&late, Some(b"late")).is_ok() {
+        let error = group.finish(0, &late).unwrap_err();
+        assert!(error.to_string().contains("restart"), "{error}");
+    }
+    let silent = group.write(0, 1, (8192, 64), None);
+    assert_eq!(group.finish(0, &silent), Ok(Status::Success));
+    drop((many, late, silent));
+    group.close();
 }
 
 /// More transfers than numbers in an immediate, some without notification, some released in flight.
