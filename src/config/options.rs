@@ -126,6 +126,6 @@ options! {
     "Most bytes of notifications that wait for one peer, outgoing and half-arrived each."
     "pending_bytes_max" => pending_bytes_max: u64 = "268435456", Range::Number(64 * KIB, 64 * GIB, BYTES);
 
-    "Without effect, not built yet: copy GPU memory through host buffers where the provider cannot register it."
+    "GPU memory moves through page-locked host memory where the provider cannot register it. For a peer's GPU memory it must be set there."
     "vram_staging" => vram_staging: bool = "false", SWITCH;
 }
