@@ -275,11 +275,14 @@ fn open_ep(domain: &Domain, device: &Device, options: &EndpointOptions) -> Opene
     let (_guard, info) = device.lock_info();
     let fid = domain.handle().as_ptr();
     let mut ep = ptr::null_mut();
-    // SAFETY: the domain is open; the entry with its attributes is complete, and ours while the guard is held: so the
-    // sizes that we write for the call are put back before anybody else reads them.
+    // SAFETY: the domain is open; the entry with its attributes is complete, and ours while the guard is held: so what
+    // we write for the call is put back before anybody else reads it.
     unsafe {
         let (tx, rx) = ((*info).tx_attr, (*info).rx_attr);
-        let (tx_size, rx_size) = ((*tx).size, (*rx).size);
+        let (tx_size, rx_size, op_flags) = ((*tx).size, (*rx).size, (*tx).op_flags);
+        // Writes name FI_DELIVERY_COMPLETE themselves. As a default the efa provider adds it to messages, too, whatever
+        // their own flags, and then they wait for a receipt: for ever, if the peer dies after its NIC took the message.
+        (*tx).op_flags = op_flags & !sys::FI_DELIVERY_COMPLETE;
         (*tx).size = options.tx_size.unwrap_or(tx_size);
         (*rx).size = options.rx_size.map_or(rx_size, |size| size.min(rx_size));
         let status = match (*(*fid).ops).endpoint {
@@ -287,6 +290,7 @@ fn open_ep(domain: &Domain, device: &Device, options: &EndpointOptions) -> Opene
             None => -libc::ENOSYS,
         };
         (*tx).size = tx_size;
+        (*tx).op_flags = op_flags;
         (*rx).size = rx_size;
         Handle::from_open("fi_endpoint", status, ep)
     }

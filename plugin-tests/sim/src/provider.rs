@@ -494,8 +494,10 @@ unsafe extern "C" fn open_ep(
     _: *mut c_void,
 ) -> c_int {
     // SAFETY: an object and an entry of ours.
-    let (domain, tx_size, rx_size) =
-        unsafe { (object(domain, "fi_endpoint"), (*(*info).tx_attr).size, (*(*info).rx_attr).size) };
+    let (domain, tx_size, rx_size, op_flags) = unsafe {
+        let tx = &*(*info).tx_attr;
+        (object(domain, "fi_endpoint"), tx.size, (*(*info).rx_attr).size, tx.op_flags)
+    };
     let mut state = domain.world().state();
     if state.setup_fails() {
         return -libc::ENOMEM;
@@ -518,6 +520,7 @@ unsafe extern "C" fn open_ep(
         closed: false,
         tx_size,
         rx_size,
+        op_flags,
         name,
         recvs: VecDeque::new(),
         unmatched: VecDeque::new(),
@@ -1015,7 +1018,14 @@ fn post(ep: &Object<sys::fid_ep>, order: &Order) -> isize {
         unsafe { std::slice::from_raw_parts(order.local.0 as *const u8, order.local.1) }.to_vec()
     });
     let id = state.schedule.next_flight();
-    let confirmed = order.flags & sys::FI_DELIVERY_COMPLETE != 0;
+    // As efa does it: the endpoint's flags hold for operations with flags of their own, too.
+    let flags = order.flags | state.eps[index].op_flags;
+    let confirmed = flags & sys::FI_DELIVERY_COMPLETE != 0;
+    if confirmed && order.what == What::Send {
+        state.breach(
+            "a message waits for a receipt, which a peer that died after its NIC took it never sends",
+        );
+    }
     state.flights.insert(
         id,
         Flight {

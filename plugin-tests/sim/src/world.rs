@@ -227,6 +227,8 @@ pub(crate) struct Ep {
     pub closed: bool,
     pub tx_size: usize,
     pub rx_size: usize,
+    /// Flags of every operation that names none.
+    pub op_flags: u64,
     pub name: [u8; 32],
     pub recvs: VecDeque<Recv>,
     /// Arrivals for which no receive was posted.
