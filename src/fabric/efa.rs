@@ -31,11 +31,16 @@ pub fn is_direct(device: &Device) -> bool {
     is_efa(device.provider()) && device.fabric_name() == "efa-direct"
 }
 
+/// Whether libfabric speaks a protocol of its own with each peer before it moves data: the efa fabric does.
+pub fn shakes_hands(device: &Device) -> bool {
+    is_efa(device.provider()) && !is_direct(device)
+}
+
 /// Whether messages to a peer are numbered, and one that was lost keeps all later ones from being delivered, for as long as
 /// both endpoints live: the efa fabric's receive window waits for it, on all versions up to 2.6
 /// (prov/efa/src/rdm/efa_rdm_peer.c, `efa_rdm_peer_reorder_msg`), whether or not FI_ORDER_SAS was asked for.
 pub fn numbers_messages(device: &Device) -> bool {
-    is_efa(device.provider()) && !is_direct(device)
+    shakes_hands(device)
 }
 
 /// Whether an FI_MORE batch of writes holds the send queue's lock from its first post to its last, so that whatever

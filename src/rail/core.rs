@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_queue::SegQueue;
 use slab::Slab;
@@ -26,6 +26,8 @@ const OPERATIONS_MAX: u32 = 8192;
 /// Commands taken in and completion batches handled before posting gets its turn.
 const COMMANDS_PER_TURN: usize = 256;
 const POLLS_PER_TURN: usize = 8;
+/// How often peers that never answer are looked for.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
 struct Active {
     run: Run,
@@ -80,6 +82,8 @@ pub(super) struct Core {
     completions: Vec<Completion>,
     /// The time at the start of this turn.
     now: Instant,
+    /// When it was last looked for peers that never answer.
+    looked: Instant,
     /// Why the rail no longer works.
     broken: Option<Error>,
 }
@@ -143,6 +147,7 @@ impl Core {
             free: (0..operations).rev().collect(),
             completions: Vec::with_capacity(64),
             now: Instant::now(),
+            looked: Instant::now(),
             broken: None,
         })
     }
@@ -196,6 +201,7 @@ impl Core {
             handled += posted + ended;
             finished += ended;
             handled += self.post_runs(&mut finished);
+            self.fail_never_met();
         }
         if finished > 0 {
             unfinished.fetch_sub(finished, Ordering::AcqRel);
@@ -355,6 +361,7 @@ impl Core {
         active.in_flight -= 1;
         let entry = self.destinations.get(active.destination);
         entry.operations -= 1;
+        entry.reached |= error.is_none();
         entry.completed(error.as_ref(), self.now);
         if let Some(error) = error {
             active.stopped = true;
@@ -471,6 +478,24 @@ impl Core {
         if let Some(error) = entry.stalled(self.now, self.limits.stall_timeout) {
             active.stopped = true;
             active.run.owner.on_error(error);
+        }
+    }
+
+    /// Ends the wait for peers that never answered, where the provider does not. What is in flight to them stays so.
+    fn fail_never_met(&mut self) {
+        if !efa::shakes_hands(&self.device) || self.now.duration_since(self.looked) < LOOK_INTERVAL {
+            return;
+        }
+        self.looked = self.now;
+        for (_, active) in &mut self.runs {
+            if active.in_flight == 0 || active.stopped {
+                continue;
+            }
+            let entry = self.destinations.get(active.destination);
+            if let Some(error) = entry.never_met(self.now, self.limits.stall_timeout) {
+                active.stopped = true;
+                active.run.owner.on_error(error);
+            }
         }
     }
 

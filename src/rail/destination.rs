@@ -35,6 +35,8 @@ pub(super) struct Entry {
     pub last_progress: Instant,
     /// The connection broke, and nothing has completed since.
     pub lost: bool,
+    /// A write or read to it has completed.
+    pub reached: bool,
     /// Why no message reaches it any more.
     pub deaf: Option<Error>,
     last_used: u64,
@@ -50,6 +52,20 @@ impl Entry {
             }
             Some(error) => self.lost |= error.status() == Status::RemoteDisconnect,
         }
+    }
+
+    /// The error of operations in flight to an endpoint that has never completed one, once that has lasted too long. The
+    /// efa provider keeps them until the peer has answered its handshake, and says nothing of them if that is lost
+    /// (`efa_rdm_ope_process_queued_ope`, all versions up to 2.6).
+    pub fn never_met(&self, now: Instant, timeout: Duration) -> Option<Error> {
+        if self.reached || self.operations == 0 || now.duration_since(self.last_progress) < timeout {
+            return None;
+        }
+        Some(Error::disconnected(format!(
+            "it completed nothing within {} ms (connect_timeout_ms) of the first operation: is it alive, and does its \
+             progress thread run or its application call NIXL?",
+            timeout.as_millis()
+        )))
     }
 
     /// The error of work for it that was put off, once that has lasted too long. tcp puts posts to a dead peer off
@@ -116,6 +132,7 @@ impl Destinations {
             users: 0,
             last_progress: Instant::now(),
             lost: false,
+            reached: false,
             deaf: None,
             last_used: self.clock,
         };

@@ -132,6 +132,32 @@ fn who_hears_no_more_keeps_nobody_waiting() {
     group.close();
 }
 
+/// The efa fabric keeps operations until the peer has answered its handshake, and says nothing if that is lost.
+#[test]
+fn a_peer_that_never_answered_ends_the_wait_and_one_that_did_is_waited_for() {
+    let mut group = Group::new(2, EFA, 1, OPTIONS);
+    group.live(20);
+    let hold = |group: &Group, held| group.world.state().faults.held = held;
+    hold(&group, Held::Rma);
+    let first = group.write(0, 1, (0, 64), None);
+    let error = group.finish(0, &first).unwrap_err();
+    assert!(error.to_string().contains("connect_timeout_ms"), "{error}");
+    hold(&group, Held::Nothing);
+    group.live(20);
+    let second = group.write(0, 1, (4096, 64), None);
+    assert_eq!(group.finish(0, &second), Ok(Status::Success));
+
+    hold(&group, Held::Rma);
+    let third = group.write(0, 1, (8192, 64), None);
+    assert!(
+        !group.live_until(20_000, |group| { group.engine(0).check_xfer(&third) != Ok(Status::InProgress) })
+    );
+    hold(&group, Held::Nothing);
+    assert_eq!(group.finish(0, &third), Ok(Status::Success));
+    drop((first, second, third));
+    group.close();
+}
+
 /// More transfers than numbers in an immediate, some without notification, some released in flight.
 #[test]
 fn numbers_go_round() {
