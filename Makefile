@@ -12,7 +12,7 @@ EFA_TESTS := $(patsubst %,plugin-tests/e2e/test_%.py,efa transfer notify release
 EFA_LONG  := seventy or in_each_phase or failed_operation or test_sizes or both_directions or small_descriptors \
              or (progress-off and (unequal_hosts or random_lists or repost or in_flight or first_operation))
 
-.PHONY: help setup plugin softefa install-plugins demo test check unit e2e e2e-core e2e-versions e2e-efa e2e-efa-all soak bench docs
+.PHONY: help setup plugin softefa install-plugins demo test check unit e2e e2e-core e2e-versions e2e-efa e2e-efa-all soak test-vllm bench docs
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -67,6 +67,10 @@ e2e-efa-all: setup plugin softefa ## all of them: 4 and 32 devices, both fabrics
 
 soak: setup plugin softefa ## random work on software EFA devices until it is stopped: ARGS="--seed 7 --rounds 1 --minutes 60"
 	$(PYTHON) plugin-tests/soak.py $(ARGS)
+
+test-vllm: setup plugin softefa ## vLLM on CPUs, prefill and decode in two engines: 6.5 GB outside the build tree; ARGS="pull kill"
+	python3 plugin-tests/vllm/setup.py
+	$(PYTHON) plugin-tests/vllm/run.py $(ARGS)
 
 bench: setup plugin ## ours beside the stock plugin and UCX: Markdown and JSON under target/bench
 	$(PYTHON) benches/compare.py $(ARGS)

@@ -1,0 +1,340 @@
+"""vLLM with prefill and decode in two engines, keys and values between them moved by our plugin: `make test-vllm`.
+
+    target/venv/bin/python plugin-tests/vllm/run.py [case ...]
+
+Each case starts engines of its own, beside one engine without any transfer that gives the answers to compare with. It ends
+with a table of proofs, and with status 1 if one of them failed. Logs: target/vllm. The prompts are random token ids, the
+answers 16 token ids at temperature 0.
+"""
+
+import argparse
+import math
+import random
+import shutil
+import sys
+import time
+import traceback
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import model  # noqa: E402
+import setup  # noqa: E402
+from engines import BLOCK_BYTES, BLOCK_TOKENS, Engine, kv_config  # noqa: E402
+
+from bed.networks import OneHost  # noqa: E402
+from bed.places import TARGET  # noqa: E402
+from bed.softefa import SoftEfa  # noqa: E402
+
+LENGTHS = (5, 31, 32, 33, 100, 257, 700)
+CROSSED = 100
+CONCURRENT = 16
+TIMED = 20
+TIMED_LENGTH = 700
+# Requests that are on their way when the prefill engine is killed, half of them sent before.
+HIT = 8
+OTHERS = 5
+OTHERS_ANSWER_S = 1.0
+HIT_DEADLINE_S = 120
+# Well below the 30 s after which vLLM frees what was never fetched.
+BLOCKS_RETURN_S = 10
+PREFILL_PORT, DECODE_PORT = 5600, 5601
+LOGS = TARGET / "vllm"
+
+
+def random_prompt(length, label):
+    dice = random.Random(f"{label} {length}")
+    return [dice.randrange(2, model.VOCABULARY) for _ in range(length)]
+
+
+def blocks(*prompts):
+    return sum(math.ceil(len(prompt) / BLOCK_TOKENS) for prompt in prompts)
+
+
+class Table:
+    def __init__(self):
+        self.rows = []
+
+    def add(self, case, proof, status, detail):
+        self.rows.append((case, proof, status, detail))
+        say(f"{case}: {status} {proof}: {detail}")
+
+    def failed(self):
+        return any(status == "FAIL" for _, _, status, _ in self.rows)
+
+    def __str__(self):
+        head = ("case", "proof", "", "what was seen")
+        widths = [max(len(row[column]) for row in [head, *self.rows]) for column in range(3)]
+        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]) for row in [head, *self.rows]]
+        return "\n".join(lines)
+
+
+START = time.monotonic()
+
+
+def say(text):
+    print(f"[{time.monotonic() - START:5.0f} s] {text}", flush=True)
+
+
+class Case:
+    """What one case has at hand: engines, networks, its name in the table."""
+
+    def __init__(self, name, table, reference, stack):
+        self.name, self.table, self.reference, self.stack = name, table, reference, stack
+        self.folder = LOGS / name
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        self.network = self.keep(OneHost())
+        self.hosts = [[], []]
+
+    def keep(self, thing):
+        self.stack.callback(thing.close)
+        return thing
+
+    def proof(self, name, well, detail=""):
+        self.table.add(self.name, name, "PASS" if well else "FAIL", detail)
+
+    def note(self, name, detail):
+        self.table.add(self.name, name, "-", detail)
+
+    def on_efa(self, devices, fault):
+        efa = self.keep(SoftEfa(devices))
+        efa.control(fault)
+        self.hosts = [efa.host(0).enter(), efa.host(1).enter()]
+
+    def engine(self, name, kv, plugin="ours"):
+        decode = name.startswith("decode")
+        return self.keep(Engine(
+            name, self.folder, kv, plugin, DECODE_PORT if decode else PREFILL_PORT,
+            enter=[*self.network.space(0).enter(), *self.hosts[decode]],
+        ))
+
+    def pair(self, connector="NixlConnector", backend="LIBFABRIC", plugin="ours", policy="fail"):
+        say(f"{self.name}: starting two engines: {connector}, {backend}, plugin {plugin}")
+        prefill = self.engine("prefill", kv_config(connector, "kv_producer", backend, policy), plugin)
+        decode = self.engine("decode", kv_config(connector, "kv_consumer", backend, policy), plugin)
+        return prefill.ready(), decode.ready()
+
+    def expected(self, prompt):
+        return self.reference(prompt)
+
+
+class Reference:
+    """The answers of an engine that knows nothing of transfers; it starts with the first case and serves all."""
+
+    def __init__(self, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.engine, self.known, self.is_ready = Engine("reference", folder), {}, False
+
+    def __call__(self, prompt):
+        if not self.is_ready:
+            self.engine.ready()
+            self.is_ready = True
+        key = tuple(prompt)
+        if key not in self.known:
+            self.known[key] = self.engine.generate(prompt)["tokens"]
+        return self.known[key]
+
+    def close(self):
+        self.engine.close()
+
+
+# Proofs that several cases share
+
+
+def prove_plugin(case, engines, backend, provider):
+    file = setup.PLUGINS / f"libplugin_{backend}.so"
+    well, rails = True, ""
+    for engine in engines:
+        files = engine.files()
+        libfabrics = {Path(path).resolve() for path in files if Path(path).name.startswith("libfabric.so")}
+        others = [path for path in files if "/libplugin_" in path and path != str(file)]
+        well &= str(file) in files and len(libfabrics) == 1 and not others
+        lines = [line for line in engine.log_text().splitlines() if "nixl-libfabric agent" in line and f"provider {provider}" in line]
+        well &= len(lines) == 1
+        rails = lines[0].split(", ", 1)[1].split(", memory")[0] if lines else "no line in the log"
+    case.proof("our file is mapped", well, f"{file.name} and one libfabric in both processes; log: {rails}")
+
+
+def prove_answers(case, prefill, decode, lengths):
+    wrong = []
+    prompts = [random_prompt(length, "answer") for length in lengths]
+    for prompt in prompts:
+        answer = decode.generate(prompt, kv=prefill.prefill(prompt))
+        if answer["tokens"] != case.expected(prompt):
+            wrong.append(f"{len(prompt)} ({answer['reason']})")
+    case.proof("answers", not wrong, f"as without transfer for prompts of {', '.join(map(str, lengths))} tokens" + (
+        f"; wrong: {', '.join(wrong)}" if wrong else ""))
+    return prompts
+
+
+def prove_crossing(case, prefill, decode):
+    """The decoder computes the last token of the prompt itself, so both prompts end in the same."""
+    fetched, asked = random_prompt(CROSSED, "fetched"), random_prompt(CROSSED, "asked")
+    asked[-1] = fetched[-1]
+    differ = case.expected(fetched) != case.expected(asked)
+    answer = decode.generate(asked, kv=prefill.prefill(fetched))
+    case.proof("crossing", differ and answer["tokens"] == case.expected(fetched),
+               "asked B with the transfer parameters of A, and the answer is A's")
+    return [fetched]
+
+
+def prove_concurrency(case, prefill, decode):
+    dice = random.Random("concurrent")
+    prompts = [random_prompt(dice.randrange(20, 300), f"concurrent {index}") for index in range(CONCURRENT)]
+    prefills = [prefill.begin_prefill(prompt) for prompt in prompts]
+    decodes = [decode.begin(prompt, kv=prefill.wait(number)["kv"]) for prompt, number in zip(prompts, prefills)]
+    answers = [decode.wait(number) for number in decodes]
+    right = sum(answer["tokens"] == case.expected(prompt) for prompt, answer in zip(prompts, answers))
+    case.proof("concurrent requests", right == CONCURRENT, f"{right} of {CONCURRENT} right, {sum(map(len, prompts))} tokens")
+    return prompts
+
+
+def transfers(metrics):
+    """What vLLM counted: transfers, bytes, and mean times in milliseconds."""
+    count, total = metrics["vllm:nixl_bytes_transferred"]
+    mean = {name: 1000 * metrics[f"vllm:nixl_{name}_time_seconds"][1] / max(count, 1) for name in ("xfer", "post")}
+    return count, total, mean
+
+
+def prove_bytes(case, mover, prompts):
+    count, total, mean = transfers(mover.metrics())
+    expected = blocks(*prompts) * BLOCK_BYTES
+    case.proof("bytes", total == expected and count == len(prompts),
+               f"vllm:nixl_bytes_transferred {total:.0f} = {blocks(*prompts)} blocks x {BLOCK_BYTES}, {count} transfers")
+    case.note("times", f"transfer {mean['xfer']:.2f} ms, of which post {mean['post']:.2f} ms, mean by vLLM's metrics")
+
+
+def prove_nothing_failed(case, engines):
+    counts = {}
+    for engine in engines:
+        for name, value in engine.metrics().items():
+            if not isinstance(value, list):
+                counts[name] = counts.get(name, 0) + value
+    case.proof("no failures", not any(counts.values()), "failed transfers and notifications, expired leases: all 0" if not any(
+        counts.values()) else str(counts))
+
+
+def prove_end(case, engines):
+    statuses = [engine.quit() for engine in engines]
+    case.proof("orderly end", not any(statuses) and None not in statuses, f"exit statuses {statuses}")
+
+
+# Cases
+
+
+def serve(case, connector="NixlConnector", backend="LIBFABRIC", provider="tcp", lengths=LENGTHS, efa=None):
+    if efa:
+        case.on_efa(*efa)
+    prefill, decode = case.pair(connector, backend)
+    prove_plugin(case, (prefill, decode), backend, provider)
+    prompts = prove_answers(case, prefill, decode, lengths)
+    prompts += prove_crossing(case, prefill, decode)
+    prompts += prove_concurrency(case, prefill, decode)
+    prove_bytes(case, prefill if connector == "NixlPushConnector" else decode, prompts)
+    case.proof("blocks return", prefill.blocks_return(BLOCKS_RETURN_S), "every notification came: the prefill engine has all blocks back")
+    prove_nothing_failed(case, (prefill, decode))
+    prove_end(case, (prefill, decode))
+
+
+def kill(case, policy="fail", efa=None):
+    """kill -9 of the prefill engine while the decoder fetches from it."""
+    if efa:
+        case.on_efa(*efa)
+    prefill, decode = case.pair(policy=policy)
+    prompts = [random_prompt(300 + index, "hit") for index in range(HIT)]
+    expected = [case.expected(prompt) for prompt in prompts]
+    before = random_prompt(100, "before")
+    case.proof("before", decode.generate(before, kv=prefill.prefill(before))["tokens"] == case.expected(before), "a transfer works")
+    others = [random_prompt(20, f"other {index}") for index in range(OTHERS)]
+    usual = max(decode.generate(prompt)["seconds"] for prompt in others)
+
+    ready = [prefill.prefill(prompt) for prompt in prompts]
+    early = [decode.begin(prompt, kv=kv) for prompt, kv in zip(prompts[:HIT // 2], ready)]
+    prefill.kill()
+    killed = time.monotonic()
+    late = [decode.begin(prompt, kv=kv) for prompt, kv in zip(prompts[HIT // 2:], ready[HIT // 2:])]
+    slowest, right = 0.0, True
+    for prompt in others:
+        sent = time.monotonic()
+        answer = decode.generate(prompt)
+        slowest = max(slowest, time.monotonic() - sent)
+        right &= answer["tokens"] == case.expected(prompt)
+    case.proof("others go on", right and slowest < OTHERS_ANSWER_S,
+               f"{OTHERS} requests, each answered in at most {slowest:.2f} s after the kill, {usual:.2f} s before")
+
+    hit = [decode.wait(number, HIT_DEADLINE_S) for number in early + late]
+    took = time.monotonic() - killed
+    whole = [answer["tokens"] == tokens for answer, tokens in zip(hit, expected)]
+    ended = [answer["reason"] for answer in hit]
+    well = all(done or (policy == "fail" and reason == "error") for done, reason in zip(whole, ended))
+    if policy == "fail":
+        well &= not any(whole[HIT // 2:])
+    case.proof("the hit requests", well, f"policy {policy}: {sum(whole)} right, {ended.count('error')} failed, all within {took:.1f} s")
+
+    say(f"{case.name}: starting the prefill engine again")
+    again = case.engine("prefill-again", kv_config("NixlConnector", "kv_producer", "LIBFABRIC", policy)).ready()
+    prompts = [random_prompt(length, "again") for length in (33, 300)]
+    right = [decode.generate(prompt, kv=again.prefill(prompt))["tokens"] == case.expected(prompt) for prompt in prompts]
+    case.proof("restarted at the same address", all(right), "used again by the same decoder")
+    prove_end(case, (again, decode))
+
+
+def times(case):
+    """Ours, NIXL's own plugin and UCX in turn. Numbers of one run on a busy machine: only large differences mean something."""
+    prompts = [random_prompt(TIMED_LENGTH, f"timed {index}") for index in range(TIMED)]
+    for plugin in ("ours", "stock", "ucx"):
+        try:
+            with ExitStack() as stack:
+                one = Case(f"{case.name}/{plugin}", case.table, case.reference, stack)
+                prefill, decode = one.pair(plugin=plugin, backend="UCX" if plugin == "ucx" else "LIBFABRIC")
+                right = sum(decode.generate(prompt, kv=prefill.prefill(prompt))["tokens"] == one.expected(prompt) for prompt in prompts)
+                count, total, mean = transfers(decode.metrics())
+                detail = (f"{right} of {TIMED} right; {total / max(count, 1) / 2**20:.2f} MiB a transfer, "
+                          f"{mean['xfer']:.2f} ms, of which post {mean['post']:.2f} ms")
+                one.proof("times", right == TIMED, detail) if plugin == "ours" else one.note("times", detail)
+        except Exception as problem:
+            if plugin == "ours":
+                raise
+            case.note(f"{plugin}: no times", str(problem))
+
+
+REORDERED = (4, "reorder_us=500 hold_pct=50")
+CASES = {
+    "pull": serve,
+    "push": partial(serve, connector="NixlPushConnector"),
+    "name": partial(serve, backend="Libfabric", lengths=(5, 257)),
+    "efa": partial(serve, provider="efa", efa=REORDERED),
+    "efa-push": partial(serve, connector="NixlPushConnector", provider="efa", efa=REORDERED),
+    "kill": kill,
+    "kill-recompute": partial(kill, policy="recompute"),
+    "kill-efa": partial(kill, efa=REORDERED),
+    "times": times,
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", metavar="case", help=f"of {', '.join(CASES)}; all of them by default")
+    wanted = parser.parse_args().cases or list(CASES)
+    if unknown := [name for name in wanted if name not in CASES]:
+        parser.error(f"unknown case {', '.join(unknown)}; known: {', '.join(CASES)}")
+    table, reference = Table(), Reference(LOGS)
+    try:
+        for name in wanted:
+            with ExitStack() as stack:
+                try:
+                    CASES[name](Case(name, table, reference, stack))
+                except Exception as problem:
+                    (LOGS / name / "failure.log").write_text(traceback.format_exc())
+                    table.add(name, "runs to its end", "FAIL", f"{type(problem).__name__}: {problem}")
+    finally:
+        reference.close()
+    print(f"\n{table}\n")
+    return 1 if table.failed() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
