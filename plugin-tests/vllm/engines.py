@@ -155,6 +155,10 @@ class Engine:
 
     # Its end
 
+    def stop(self):
+        """Stands still, with its connections open, until it is killed."""
+        os.kill(self.pid, signal.SIGSTOP)
+
     def kill(self):
         os.kill(self.pid, signal.SIGKILL)
         self.process.wait(30)
