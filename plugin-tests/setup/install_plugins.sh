@@ -1,14 +1,20 @@
 #!/bin/sh
 # usage: install_plugins.sh <site-packages> [<folder>]
 # Makes a folder for NIXL_PLUGIN_DIR, which replaces NIXL's own: links to the plugins of the NIXL found there, and ours.
+# Where NIXL is installed for several CUDAs (the package nixl brings nixl-cu12, vLLM adds nixl-cu13), it is the one that
+# `import nixl` takes: that of torch's CUDA, else the newest. Plugins of the other one would bring another core with them.
 set -eu
 site=$1
 folder=${2:-target/nixl-plugins}
 ours=target/plugins
 
+cuda=""
+if [ -e "$site/torch/version.py" ]; then cuda=$(sed -n "s/^cuda.*= *'\([0-9]*\)\..*/\1/p" "$site/torch/version.py"); fi
 stock=""
-for candidate in "$site"/.nixl*.mesonpy.libs/plugins "$site"/.nixl*.mesonpy.libs; do
-    if [ -n "$site" ] && [ -e "$candidate/libplugin_UCX.so" ]; then stock=$(readlink -f "$candidate"); break; fi
+for core in "$site/.nixl_cu$cuda.mesonpy.libs" "$site/.nixl_cu13.mesonpy.libs" "$site"/.nixl*.mesonpy.libs; do
+    for candidate in "$core/plugins" "$core"; do
+        if [ -n "$site" ] && [ -e "$candidate/libplugin_UCX.so" ]; then stock=$(readlink -f "$candidate"); break 2; fi
+    done
 done
 if [ -z "$stock" ]; then
     echo "install-plugins: no NIXL plugins under '$site'." >&2
@@ -25,5 +31,5 @@ for plugin in "$ours"/libplugin_*.so; do
     cp "$plugin" "$folder/.new"
     mv "$folder/.new" "$folder/$(basename "$plugin")"
 done
-echo "install-plugins: $(ls "$folder" | grep -c libplugin_) plugins in $folder"
+echo "install-plugins: $(ls "$folder" | grep -c libplugin_) plugins in $folder: ours and those of $stock"
 echo "  export NIXL_PLUGIN_DIR=$(readlink -f "$folder")"

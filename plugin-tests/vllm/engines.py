@@ -49,8 +49,7 @@ def kv_config(connector, role, backend, policy="fail", engine_id=None):
 
 def environment(plugin, side_port):
     """What an engine's process runs with: `ours` as an operator would have it, in a folder with NIXL's other plugins."""
-    host = Host(plugin=plugin)
-    settings = host.environment()
+    settings = Host(plugin=plugin).environment()
     settings.pop("PYTHONDONTWRITEBYTECODE", None)
     settings |= {
         "PYTHONPATH": "", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -76,7 +75,7 @@ class Engine:
         options = OPTIONS | ({"kv_transfer_config": kv} if kv else {})
         command = [
             *enter, str(setup.PYTHON), str(HERE / "engine.py"), "--answers", str(writing), "--options", json.dumps(options),
-            *(["--leave-hard"] if plugin == "ucx" else []),
+            *(["--leave-hard"] if "UCX" in json.dumps(kv) else []),
         ]
         with open(self.log, "wb") as output:
             self.process = subprocess.Popen(

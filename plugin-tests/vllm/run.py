@@ -292,6 +292,14 @@ def answer_others(case, decode):
     return right, slowest
 
 
+def ucx_kept(case):
+    """UCX out of the same folder of plugins."""
+    prefill, decode = case.pair(backend="UCX")
+    mapped = [any(Path(path).name == "libplugin_UCX.so" for path in engine.files()) for engine in (prefill, decode)]
+    case.proof("UCX's file is mapped", all(mapped), "libplugin_UCX.so in both processes, NIXL_PLUGIN_DIR being our folder")
+    prove_answers(case, prefill, decode, (33, 257))
+
+
 def times(case):
     """Ours, NIXL's own plugin and UCX in turn. Numbers of one run on a busy machine: only large differences mean something."""
     prompts = [random_prompt(TIMED_LENGTH, f"timed {index}") for index in range(TIMED)]
@@ -321,6 +329,7 @@ CASES = {
     "kill": kill,
     "kill-recompute": partial(kill, policy="recompute"),
     "kill-efa": partial(kill, efa=REORDERED),
+    "ucx-kept": ucx_kept,
     "times": times,
 }
 
