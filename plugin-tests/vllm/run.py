@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import model  # noqa: E402
 import setup  # noqa: E402
 from engines import BLOCK_BYTES, BLOCK_TOKENS, Engine, kv_config  # noqa: E402
+from servers import Server  # noqa: E402
 
 from bed.networks import OneHost  # noqa: E402
 from bed.places import TARGET  # noqa: E402
@@ -292,6 +294,51 @@ def answer_others(case, decode):
     return right, slowest
 
 
+def servers(case):
+    """Two API servers, each with its engine in another process, and a router between them that is this program."""
+    say(f"{case.name}: starting two API servers")
+
+    def start(name, role, port):
+        return case.keep(Server(name, case.folder, kv_config("NixlConnector", role, "LIBFABRIC"), port, case.network.space(0).enter()))
+
+    prefill, decode = start("prefill", "kv_producer", PREFILL_PORT), start("decode", "kv_consumer", DECODE_PORT)
+    prefill.ready(), decode.ready()
+    file = setup.PLUGINS / "libplugin_LIBFABRIC.so"
+    mapped = [server.maps(file) for server in (prefill, decode)]
+    case.proof("our file is mapped", all(mapped) and prefill.process.pid not in mapped[0], "in the worker's process of both servers")
+
+    def route(prompt):
+        return decode.complete(prompt, kv=prefill.prefill(prompt))[0]
+
+    prompts = [random_prompt(length, "served") for length in LENGTHS]
+    wrong = [len(prompt) for prompt in prompts if route(prompt) != case.expected(prompt)]
+    case.proof("answers", not wrong, f"as without transfer, but for prompts of {wrong} tokens" if wrong else "as without transfer")
+    many = [random_prompt(50 + 13 * index, "served at once") for index in range(CONCURRENT)]
+    expected = [case.expected(prompt) for prompt in many]
+    with ThreadPoolExecutor(CONCURRENT) as pool:
+        right = sum(answer == tokens for answer, tokens in zip(pool.map(route, many), expected))
+    case.proof("concurrent requests", right == CONCURRENT, f"{right} of {CONCURRENT} right")
+    total, expected = decode.metric("vllm:nixl_bytes_transferred_sum"), blocks(*prompts, *many) * BLOCK_BYTES
+    case.proof("bytes", total == expected, f"/metrics: {total:.0f}, expected {expected}")
+
+    hit, other = random_prompt(300, "hit"), random_prompt(20, "other")
+    expected, kv = case.expected(other), prefill.prefill(hit)
+    prefill.kill()
+    with ThreadPoolExecutor(1) as pool:
+        failing = pool.submit(decode.complete, hit, kv=kv)
+        sent = time.monotonic()
+        answer = decode.complete(other)[0]
+        took = time.monotonic() - sent
+        failed = failing.result()[0] is None
+    case.proof("others go on", answer == expected and took < OTHERS_ANSWER_S, f"answered {took:.2f} s after kill -9 of the prefill server")
+    case.proof("the hit request", failed, "the server answers it with an error")
+    prefill = start("prefill-again", "kv_producer", PREFILL_PORT).ready()
+    prompt = random_prompt(100, "again")
+    case.proof("restarted at the same address", route(prompt) == case.expected(prompt), "used again by the same decoder")
+    statuses = [server.quit() for server in (prefill, decode)]
+    case.proof("orderly end", statuses == [0, 0], f"exit statuses {statuses} after SIGTERM")
+
+
 def ucx_kept(case):
     """UCX out of the same folder of plugins."""
     prefill, decode = case.pair(backend="UCX")
@@ -329,6 +376,7 @@ CASES = {
     "kill": kill,
     "kill-recompute": partial(kill, policy="recompute"),
     "kill-efa": partial(kill, efa=REORDERED),
+    "servers": servers,
     "ucx-kept": ucx_kept,
     "times": times,
 }
