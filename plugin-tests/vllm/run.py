@@ -274,12 +274,38 @@ def kill(case, policy="fail", efa=None):
     case.proof("the hit requests", all(failed) if policy == "fail" else all(right),
                f"policy {policy}: {sum(right)} right, {sum(failed)} failed, of {HIT}; the last {took:.1f} s after kill -9")
 
+    case.proof("blocks return", decode.blocks_return(BLOCKS_RETURN_S), "the decoder has all blocks back")
+
     say(f"{case.name}: starting the prefill engine again")
     again = case.engine("prefill-again", kv_config("NixlConnector", "kv_producer", "LIBFABRIC", policy)).ready()
     prompts = [random_prompt(length, "again") for length in (33, 300)]
     right = [decode.generate(prompt, kv=again.prefill(prompt))["tokens"] == case.expected(prompt) for prompt in prompts]
     case.proof("restarted at the same address", all(right), "used again by the same decoder")
     prove_end(case, (again, decode))
+
+
+def kill_idle(case, efa=None):
+    """kill -9 of the prefill engine between two transfers; the next one finds nobody.
+
+    libfabric's tcp does not tell that a peer has gone when it carries nothing for it: it connects again and again, and what
+    fails the transfer is connect_timeout_ms.
+    """
+    if efa:
+        case.on_efa(*efa)
+    prefill, decode = case.pair()
+    before, hit = random_prompt(100, "before"), random_prompt(300, "hit")
+    case.proof("before", decode.generate(before, kv=prefill.prefill(before))["tokens"] == case.expected(before), "a transfer works")
+    kv = prefill.prefill(hit)
+    prefill.kill()
+    right, _ = answer_others(case, decode)
+    sent = time.monotonic()
+    number = decode.begin(hit, kv=kv)
+    still, slowest = answer_others(case, decode)
+    case.proof("others go on", right and still and slowest < OTHERS_ANSWER_S, f"answers in at most {slowest:.2f} s")
+    answer = decode.wait(number, HIT_DEADLINE_S)
+    case.proof("the hit request", answer["reason"] == "error", f"failed after {time.monotonic() - sent:.1f} s")
+    case.proof("blocks return", decode.blocks_return(BLOCKS_RETURN_S), "the decoder has all blocks back")
+    prove_end(case, (decode,))
 
 
 def answer_others(case, decode):
@@ -330,8 +356,9 @@ def servers(case):
         answer = decode.complete(other)[0]
         took = time.monotonic() - sent
         failed = failing.result()[0] is None
+        ended = time.monotonic() - sent
     case.proof("others go on", answer == expected and took < OTHERS_ANSWER_S, f"answered {took:.2f} s after kill -9 of the prefill server")
-    case.proof("the hit request", failed, "the server answers it with an error")
+    case.proof("the hit request", failed, f"the server answers it with an error, after {ended:.1f} s")
     prefill = start("prefill-again", "kv_producer", PREFILL_PORT).ready()
     prompt = random_prompt(100, "again")
     case.proof("restarted at the same address", route(prompt) == case.expected(prompt), "used again by the same decoder")
@@ -376,6 +403,8 @@ CASES = {
     "kill": kill,
     "kill-recompute": partial(kill, policy="recompute"),
     "kill-efa": partial(kill, efa=REORDERED),
+    "kill-idle": kill_idle,
+    "kill-idle-efa": partial(kill_idle, efa=REORDERED),
     "servers": servers,
     "ucx-kept": ucx_kept,
     "times": times,
