@@ -488,7 +488,8 @@ impl Core {
         }
         self.looked = self.now;
         for (_, active) in &mut self.runs {
-            if active.in_flight == 0 || active.stopped {
+            // Also one with nothing in flight: the provider may put it off for as long as others are.
+            if active.stopped {
                 continue;
             }
             let entry = self.destinations.get(active.destination);

@@ -142,6 +142,12 @@ fn a_peer_that_never_answered_ends_the_wait_and_one_that_did_is_waited_for() {
     let first = group.write(0, 1, (0, 64), None);
     let error = group.finish(0, &first).unwrap_err();
     assert!(error.to_string().contains("connect_timeout_ms"), "{error}");
+    // What the provider puts off meanwhile ends, too.
+    group.world.state().faults.again = 1000;
+    let put_off = group.write(0, 1, (12_288, 64), None);
+    let error = group.finish(0, &put_off).unwrap_err();
+    assert!(error.to_string().contains("connect_timeout_ms"), "{error}");
+    group.world.state().faults.again = 0;
     hold(&group, Held::Nothing);
     group.live(20);
     let second = group.write(0, 1, (4096, 64), None);
@@ -154,7 +160,7 @@ fn a_peer_that_never_answered_ends_the_wait_and_one_that_did_is_waited_for() {
     );
     hold(&group, Held::Nothing);
     assert_eq!(group.finish(0, &third), Ok(Status::Success));
-    drop((first, second, third));
+    drop((first, put_off, second, third));
     group.close();
 }
 
