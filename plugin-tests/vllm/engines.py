@@ -39,12 +39,11 @@ class Silent(Exception):
     """The engine gave no answer within its deadline."""
 
 
-def kv_config(connector, role, backend, policy="fail", engine_id=None):
-    config = {
+def kv_config(connector, role, backend, policy="fail"):
+    return {
         "kv_connector": connector, "kv_role": role, "kv_buffer_device": "cpu", "kv_load_failure_policy": policy,
         "kv_connector_extra_config": {"backends": [backend]},
     }
-    return config | ({"engine_id": engine_id} if engine_id else {})
 
 
 def environment(plugin, side_port):
@@ -68,7 +67,7 @@ def environment(plugin, side_port):
 class Engine:
     """A process with an engine; use `start` on several before `ready` on each, and they start side by side."""
 
-    def __init__(self, name, folder, kv=None, plugin="ours", side_port=5600, enter=(), extra=None):
+    def __init__(self, name, folder, kv=None, plugin="ours", side_port=5600, enter=()):
         self.name, self.log = name, folder / f"{name}.log"
         self.text, self.numbers, self.answers = b"", 0, {}
         reading, writing = os.pipe()
@@ -79,7 +78,7 @@ class Engine:
         ]
         with open(self.log, "wb") as output:
             self.process = subprocess.Popen(
-                command, env=environment(plugin, side_port) | (extra or {}), stdin=subprocess.PIPE, stdout=output, stderr=output,
+                command, env=environment(plugin, side_port), stdin=subprocess.PIPE, stdout=output, stderr=output,
                 pass_fds=[writing], cwd=folder,
             )
         os.close(writing)
