@@ -20,6 +20,19 @@ const PARALLEL_REGISTRATION_BYTES_MIN: u64 = 64 << 20;
 /// divide by zero.
 const STAGED_KEY: u64 = u64::MAX - 1;
 
+/// Begins a use of each; where one was deregistered, of none, and tells which.
+pub fn begin_uses<'a>(
+    registrations: impl Iterator<Item = &'a Arc<Registration>> + Clone,
+) -> std::result::Result<(), &'a Arc<Registration>> {
+    // Used first, looked at second: a deregistration does it the other way round, so one sees the other.
+    registrations.clone().for_each(|registration| registration.begin_use());
+    let gone = registrations.clone().find(|registration| registration.is_retired());
+    gone.map_or(Ok(()), |gone| {
+        registrations.for_each(|registration| registration.end_use());
+        Err(gone)
+    })
+}
+
 /// Something that keeps regions of registrations: a prepared request.
 pub trait RegionUser: Send + Sync {
     /// Lets go of them for good: one of their ranges is deregistered.

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use crate::cuda::{Context, InFlight, Span, Stream};
 use crate::error::{Error, Result, Status};
 use crate::fabric::copy_between;
-use crate::memory::Registration;
+use crate::memory::{Registration, begin_uses};
 use crate::types::MemKind;
 
 /// Bytes copied in one turn: about a millisecond of host memory bandwidth.
@@ -130,14 +130,8 @@ impl LocalTransfer {
         if self.state.load(Ordering::Acquire) == IN_FLIGHT {
             return Err(Error::new(Status::RepostActive, "the transfer is still in flight"));
         }
-        let regions = || self.pieces.iter().flat_map(|p| [&p.source, &p.target]);
-        // Used first, looked at second: a deregistration does it the other way round, so one sees the other.
-        regions().for_each(|r| r.begin_use());
-        if let Some(gone) = regions().find(|r| r.is_retired()) {
-            let error = Error::not_found(format!("a region of the transfer was deregistered: {gone}"));
-            regions().for_each(|r| r.end_use());
-            return Err(error);
-        }
+        begin_uses(self.pieces.iter().flat_map(|p| [&p.source, &p.target]))
+            .map_err(|gone| Error::not_found(format!("a region of the transfer was deregistered: {gone}")))?;
         *self.lock() = Cursor { notification, ..Cursor::default() };
         self.stopped.store(false, Ordering::Relaxed);
         self.state.store(IN_FLIGHT, Ordering::Release);

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::plan::PlannedRun;
 use crate::error::{Error, Result, Status};
 use crate::fabric::MemoryRegion;
-use crate::memory::{RegionUser, Registration};
+use crate::memory::{RegionUser, Registration, begin_uses};
 use crate::peer::Peer;
 use crate::rail::{Rail, Run, RunOwner, Slice};
 use crate::types::Op;
@@ -133,17 +133,9 @@ impl Transfer {
                 "the transfer is still in flight; post it again when checkXfer has said that it is done",
             ));
         }
-        // Used first, looked at second: a deregistration does it the other way round, so one sees the other.
-        for registration in &self.registrations {
-            registration.begin_use();
-        }
-        if let Some(gone) = self.registrations.iter().find(|r| r.is_retired()) {
-            let error = Error::not_found(format!("a local region of the transfer was deregistered: {gone}"));
-            for registration in &self.registrations {
-                registration.end_use();
-            }
-            return Err(error);
-        }
+        begin_uses(self.registrations.iter()).map_err(|gone| {
+            Error::not_found(format!("a local region of the transfer was deregistered: {gone}"))
+        })?;
         *self.lock() = Post { notification, posted_at: Some(Instant::now()), ..Post::default() };
         self.stopped.store(false, Ordering::Relaxed);
         // The poster's own part: the post cannot be over before all of it was handed out.

@@ -7,7 +7,7 @@ use super::{Directions, Staging};
 use crate::cuda::{InFlight, Span};
 use crate::engine::shared::Shared;
 use crate::error::{Error, Result};
-use crate::memory::Registration;
+use crate::memory::{Registration, begin_uses};
 use crate::peer::Peer;
 use crate::types::Desc;
 use crate::wire::{Body, Staging as Message};
@@ -111,14 +111,10 @@ impl Server {
         let context = region.copy_context()?.ok_or_else(|| Error::invalid("the region is host memory"))?;
         let slot = slots.span(wish.slot, desc.len)?;
         let memory = Span::registered(desc.addr, desc.len)?;
-        // Used first and looked at then, so that a deregistration either sees the use or is seen.
-        region.begin_use();
-        let copy = if region.is_retired() {
-            Err(Error::not_found(format!("{region} was deregistered")))
-        } else {
-            streams.copy(&context, wish.into_memory, slot, memory)
-        };
-        let copy = copy.inspect_err(|_| region.end_use())?;
+        begin_uses(std::iter::once(&region))
+            .map_err(|gone| Error::not_found(format!("{gone} was deregistered")))?;
+        let copy =
+            streams.copy(&context, wish.into_memory, slot, memory).inspect_err(|_| region.end_use())?;
         Ok((region, copy))
     }
 

@@ -12,7 +12,7 @@ use std::time::Instant;
 use crate::cuda::InFlight;
 use crate::engine::Metadata;
 use crate::error::{Error, Result, Status};
-use crate::memory::{Registration, RemoteRegion};
+use crate::memory::{Registration, RemoteRegion, begin_uses};
 use crate::peer::Peer;
 use crate::transfer::Transfer;
 use crate::types::Op;
@@ -98,14 +98,8 @@ impl StagedTransfer {
             return Err(Error::new(Status::RepostActive, "the transfer is still in flight"));
         }
         self.peer.connect()?;
-        for piece in &self.pieces {
-            piece.local.begin_use();
-        }
-        if let Some(gone) = self.pieces.iter().map(|piece| &piece.local).find(|region| region.is_retired()) {
-            let error = Error::not_found(format!("a region of the transfer was deregistered: {gone}"));
-            self.pieces.iter().for_each(|piece| piece.local.end_use());
-            return Err(error);
-        }
+        begin_uses(self.pieces.iter().map(|piece| &piece.local))
+            .map_err(|gone| Error::not_found(format!("a region of the transfer was deregistered: {gone}")))?;
         *self.lock() = Post { notification, error: None };
         self.stopped.store(false, Ordering::Relaxed);
         self.state.store(IN_FLIGHT, Ordering::Release);
