@@ -459,6 +459,15 @@ impl Staged {
         self.engines[0].load_remote_md(range, kind, &blob, &"two".into()).unwrap()
     }
 
+    /// A WRITE of all GPU memory of the first agent to that of the second.
+    fn prepare_write(&self, remote: &Arc<Metadata>) -> Request {
+        let (local, far) = (
+            desc(self.region(0, MemKind::Vram), self.gpu[0], STAGED_BYTES),
+            desc(remote, self.gpu[1], STAGED_BYTES),
+        );
+        self.engines[0].prep_xfer(Op::Write, [local].into_iter(), [far].into_iter(), &"two".into()).unwrap()
+    }
+
     fn wait(&self, request: &Request) -> Result<Status> {
         wait(&[&self.engines[0], &self.engines[1]], request)
     }
@@ -543,13 +552,7 @@ fn staged_pieces_in_great_number_and_any_order_arrive() {
 fn a_staged_transfer_fails_with_its_reason_and_the_next_one_works() {
     let bed = Staged::new(false);
     let remote = bed.remote(MemKind::Vram);
-    let prepare = || {
-        let (local, far) = (
-            desc(bed.region(0, MemKind::Vram), bed.gpu[0], STAGED_BYTES),
-            desc(&remote, bed.gpu[1], STAGED_BYTES),
-        );
-        bed.engines[0].prep_xfer(Op::Write, [local].into_iter(), [far].into_iter(), &"two".into()).unwrap()
-    };
+    let prepare = || bed.prepare_write(&remote);
     // Both agents copy with the one driver: the first calls fail here, later ones at the peer.
     for nth in [1, 4, 7, 12] {
         let request = prepare();
@@ -573,13 +576,7 @@ fn a_staged_transfer_fails_with_its_reason_and_the_next_one_works() {
 fn a_staged_transfer_can_be_released_and_its_peer_can_leave() {
     let bed = Staged::new(false);
     let remote = bed.remote(MemKind::Vram);
-    let prepare = || {
-        let (local, far) = (
-            desc(bed.region(0, MemKind::Vram), bed.gpu[0], STAGED_BYTES),
-            desc(&remote, bed.gpu[1], STAGED_BYTES),
-        );
-        bed.engines[0].prep_xfer(Op::Write, [local].into_iter(), [far].into_iter(), &"two".into()).unwrap()
-    };
+    let prepare = || bed.prepare_write(&remote);
     let request = prepare();
     bed.engines[0].post_xfer(&request, None).unwrap();
     bed.engines[0].release_request(request).unwrap();
