@@ -121,7 +121,7 @@ impl State {
         }
         let now = clock::now_ns();
         while let Some(event) = self.schedule.take_due(now) {
-            if self.faults.held == Held::Rma && self.is_rma(event) {
+            if self.is_held(event) {
                 self.schedule.held.push(event);
                 continue;
             }
@@ -146,12 +146,21 @@ impl State {
         }
     }
 
-    fn is_rma(&self, event: Event) -> bool {
+    fn is_held(&self, event: Event) -> bool {
         let (Event::Piece { flight, .. }
         | Event::Arrive { flight }
         | Event::Complete { flight }
         | Event::Fail { flight, .. }) = event;
-        self.flights.get(&flight).is_some_and(|flight| flight.what != What::Send)
+        let Some(flight) = self.flights.get(&flight) else { return false };
+        let is_at = |ep: usize, host| self.eps[ep].host == host;
+        flight.what != What::Send
+            && match self.faults.held {
+                Held::Nothing => false,
+                Held::RmaOf(host) => {
+                    is_at(flight.source, host) || flight.target.is_some_and(|target| is_at(target, host))
+                }
+                Held::Rma | Held::All => true,
+            }
     }
 
     fn waits_for_host(&self, event: Event) -> Option<usize> {

@@ -110,6 +110,8 @@ pub enum Held {
     Nothing,
     /// Writes and reads; messages get through.
     Rma,
+    /// Writes and reads between this host and any other.
+    RmaOf(usize),
     All,
 }
 

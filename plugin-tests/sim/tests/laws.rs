@@ -311,6 +311,32 @@ fn a_peer_that_stands_still_holds_up_nobody_else() {
     }
 }
 
+/// A host that the network cut off keeps what was posted to it; the rest of the device is for the others.
+#[test]
+fn a_host_that_is_cut_off_holds_up_nobody_else() {
+    for profile in PROFILES {
+        let mut group = Group::new(3, profile, 1, OPTIONS);
+        group.live(100);
+        let met = group.write(0, 2, (0, 64), None);
+        assert_eq!(group.finish(0, &met), Ok(Status::Success));
+        group.world.state().faults.held = Held::RmaOf(group.agents[2].host);
+        // More than any device here takes.
+        let pieces: Vec<_> = (0..20_000).map(|i| (i * 64, 8)).collect();
+        let stuck = group.prepare(Op::Write, 0, 2, &pieces).unwrap();
+        group.engine(0).post_xfer(&stuck, None).unwrap();
+        group.live(1_000);
+        for i in 0..20 {
+            let request = group.write(0, 1, (1_600_000 + i * 64, 64), None);
+            assert_eq!(group.finish(0, &request), Ok(Status::Success), "{profile:?}");
+        }
+        assert_eq!(group.engine(0).check_xfer(&stuck), Ok(Status::InProgress), "{profile:?}");
+        group.world.state().faults.held = Held::Nothing;
+        assert_eq!(group.finish(0, &stuck), Ok(Status::Success), "{profile:?}");
+        drop((met, stuck));
+        group.close();
+    }
+}
+
 /// Who hears a hello may say something at once; on a fabric without order that comes before its own hello.
 #[test]
 fn nothing_overtakes_a_hello() {
