@@ -5,9 +5,9 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
+use super::state::PostState;
 use crate::cuda::{Context, InFlight, Span, Stream};
 use crate::error::{Error, Result, Status};
 use crate::fabric::copy_between;
@@ -21,11 +21,6 @@ const TURN_BYTES: u64 = 8 << 20;
 const BATCH_PIECES_MAX: usize = 128;
 /// Batches in flight: one that copies, one that waits, so that the GPU need not wait for whoever drives.
 const BATCHES_MAX: usize = 2;
-
-const IDLE: u8 = 0;
-const IN_FLIGHT: u8 = 1;
-const DONE: u8 = 2;
-const FAILED: u8 = 3;
 
 /// One piece of a copy, inside two registrations.
 #[derive(Debug, Clone)]
@@ -58,8 +53,7 @@ impl LocalPiece {
 pub struct LocalTransfer {
     pieces: Vec<LocalPiece>,
     bytes: u64,
-    state: AtomicU8,
-    stopped: AtomicBool,
+    state: PostState,
     cursor: Mutex<Cursor>,
 }
 
@@ -111,13 +105,7 @@ impl LocalTransfer {
     /// A request that was never posted.
     pub fn new(pieces: Vec<LocalPiece>) -> Self {
         let bytes = pieces.iter().map(|p| p.len).sum();
-        Self {
-            pieces,
-            bytes,
-            state: AtomicU8::new(IDLE),
-            stopped: AtomicBool::new(false),
-            cursor: Mutex::default(),
-        }
+        Self { pieces, bytes, state: PostState::default(), cursor: Mutex::default() }
     }
 
     /// Bytes moved by one post.
@@ -127,30 +115,22 @@ impl LocalTransfer {
 
     /// Begins a post; to be followed by [`LocalCopies::push`].
     pub fn begin(&self, notification: Option<Vec<u8>>) -> Result<()> {
-        if self.state.load(Ordering::Acquire) == IN_FLIGHT {
-            return Err(Error::new(Status::RepostActive, "the transfer is still in flight"));
-        }
+        self.state.check_postable()?;
         begin_uses(self.pieces.iter().flat_map(|p| [&p.source, &p.target]))
             .map_err(|gone| Error::not_found(format!("a region of the transfer was deregistered: {gone}")))?;
         *self.lock() = Cursor { notification, ..Cursor::default() };
-        self.stopped.store(false, Ordering::Relaxed);
-        self.state.store(IN_FLIGHT, Ordering::Release);
+        self.state.begin();
         Ok(())
     }
 
     /// What checkXfer answers.
     pub fn status(&self) -> Result<Status> {
-        match self.state.load(Ordering::Acquire) {
-            DONE => Ok(Status::Success),
-            IN_FLIGHT => Ok(Status::InProgress),
-            FAILED => Err(self.lock().error.clone().unwrap_or_else(|| Error::backend("the transfer failed"))),
-            _ => Err(Error::new(Status::NotPosted, "the transfer was never posted")),
-        }
+        self.state.status()
     }
 
     /// The host lets go of the request; what is not copied yet is not.
     pub fn release(&self) {
-        self.stopped.store(true, Ordering::Relaxed);
+        self.state.stop();
     }
 
     /// One turn: up to [`TURN_BYTES`] of the processor's, or batches for GPUs. Returns the outcome when the transfer is
@@ -158,7 +138,7 @@ impl LocalTransfer {
     fn advance(&self, streams: &Streams) -> Option<Result<Option<Vec<u8>>>> {
         let mut cursor = self.lock();
         cursor.settle();
-        if cursor.error.is_none() && self.stopped.load(Ordering::Relaxed) {
+        if cursor.error.is_none() && self.state.is_stopped() {
             cursor.error = Some(Error::new(Status::Canceled, "the transfer was released in flight"));
         }
         if cursor.error.is_none()
@@ -227,10 +207,8 @@ impl LocalTransfer {
     }
 
     fn finish(&self, error: Option<Error>) {
-        let state = if error.is_some() { FAILED } else { DONE };
-        self.lock().error = error;
         self.pieces.iter().flat_map(|p| [&p.source, &p.target]).for_each(|r| r.end_use());
-        self.state.store(state, Ordering::Release);
+        self.state.end(error);
     }
 
     fn lock(&self) -> MutexGuard<'_, Cursor> {

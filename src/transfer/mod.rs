@@ -5,7 +5,9 @@ mod local;
 pub mod plan;
 mod rates;
 mod request;
+mod state;
 
 pub use local::{LocalCopies, LocalPiece, LocalTransfer, Streams};
 pub use rates::Rates;
 pub use request::{Announced, Transfer};
+pub use state::PostState;

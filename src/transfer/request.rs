@@ -4,22 +4,18 @@
 //! and the notification) and is over when the count is back at zero. Rails hold the request for as long as
 //! anything of it is in flight, so a host that releases it early only lets go of its own share.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use super::plan::PlannedRun;
+use super::state::PostState;
 use crate::error::{Error, Result, Status};
 use crate::fabric::MemoryRegion;
 use crate::memory::{RegionUser, Registration, begin_uses};
 use crate::peer::Peer;
 use crate::rail::{Rail, Run, RunOwner, Slice};
 use crate::types::Op;
-
-const IDLE: u8 = 0;
-const IN_FLIGHT: u8 = 1;
-const DONE: u8 = 2;
-const FAILED: u8 = 3;
 
 /// A prepared transfer with one remote peer.
 pub struct Transfer {
@@ -32,10 +28,9 @@ pub struct Transfer {
     registrations: Vec<Arc<Registration>>,
     /// Regions of each run; none once one of the ranges is deregistered.
     regions: Mutex<Vec<Arc<[MemoryRegion]>>>,
-    state: AtomicU8,
+    state: PostState,
     /// Parts of this post that are not over.
     parts: AtomicU32,
-    stopped: AtomicBool,
     post: Mutex<Post>,
 }
 
@@ -57,7 +52,6 @@ struct Post {
     notification: Option<Vec<u8>>,
     /// How the peer counts the writes (WRITE with notification).
     announced: Option<Announced>,
-    error: Option<Error>,
     failed_at: Option<Instant>,
     posted_at: Option<Instant>,
     took: Option<Duration>,
@@ -83,9 +77,8 @@ impl Transfer {
             runs,
             registrations,
             regions: Mutex::new(regions),
-            state: AtomicU8::new(IDLE),
+            state: PostState::default(),
             parts: AtomicU32::new(0),
-            stopped: AtomicBool::new(false),
             post: Mutex::default(),
         });
         for registration in &transfer.registrations {
@@ -127,20 +120,14 @@ impl Transfer {
 
     /// Begins a post: from here on it is in flight, whatever becomes of it.
     pub fn begin(&self, notification: Option<Vec<u8>>) -> Result<()> {
-        if self.state.load(Ordering::Acquire) == IN_FLIGHT {
-            return Err(Error::new(
-                Status::RepostActive,
-                "the transfer is still in flight; post it again when checkXfer has said that it is done",
-            ));
-        }
+        self.state.check_postable()?;
         begin_uses(self.registrations.iter()).map_err(|gone| {
             Error::not_found(format!("a local region of the transfer was deregistered: {gone}"))
         })?;
         *self.lock() = Post { notification, posted_at: Some(Instant::now()), ..Post::default() };
-        self.stopped.store(false, Ordering::Relaxed);
         // The poster's own part: the post cannot be over before all of it was handed out.
         self.parts.store(1, Ordering::Relaxed);
-        self.state.store(IN_FLIGHT, Ordering::Release);
+        self.state.begin();
         Ok(())
     }
 
@@ -171,10 +158,8 @@ impl Transfer {
 
     /// Records the first error; what is not posted yet stays so.
     pub fn fail(&self, error: Error) {
-        self.stopped.store(true, Ordering::Relaxed);
         let mut post = self.lock();
-        if post.error.is_none() {
-            post.error = Some(error);
+        if self.state.fail(error) {
             post.failed_at = Some(Instant::now());
         }
     }
@@ -184,8 +169,10 @@ impl Transfer {
         if self.parts.fetch_sub(1, Ordering::AcqRel) > 1 {
             return;
         }
+        // Errors are recorded under this lock: a notification leaves only if there was none.
         let mut post = self.lock();
-        if post.error.is_none() {
+        let failed = self.state.has_failed();
+        if !failed {
             if let Some(message) = post.notification.take() {
                 drop(post);
                 self.parts.store(1, Ordering::Relaxed);
@@ -197,7 +184,6 @@ impl Transfer {
                 self.peer.rates().record(self.bytes, took);
             }
         }
-        let failed = post.error.is_some();
         let announced = post.announced;
         drop(post);
         if let (true, Some(announced)) = (failed, announced) {
@@ -206,47 +192,40 @@ impl Transfer {
         for registration in &self.registrations {
             registration.end_use();
         }
-        self.state.store(if failed { FAILED } else { DONE }, Ordering::Release);
+        self.state.end(None);
     }
 
     /// What checkXfer answers. A failed post is reported when nothing of it is in flight any more, or when
     /// `drain_timeout` has passed since it failed.
     pub fn status(&self, drain_timeout: Duration, transfer_timeout: Option<Duration>) -> Result<Status> {
-        match self.state.load(Ordering::Acquire) {
-            DONE => Ok(Status::Success),
-            IDLE => Err(Error::new(Status::NotPosted, "the transfer was never posted")),
-            FAILED => Err(self.error()),
-            _ => {
-                if self.stopped.load(Ordering::Relaxed) {
-                    let failed_at = self.lock().failed_at;
-                    if failed_at.is_some_and(|at| at.elapsed() > drain_timeout) {
-                        return Err(self.error());
-                    }
-                } else if let Some(limit) = transfer_timeout {
-                    let posted_at = self.lock().posted_at;
-                    if posted_at.is_some_and(|at| at.elapsed() > limit) {
-                        self.fail(Error::backend(format!(
-                            "the transfer with {} was not done after {} ms (transfer_timeout_ms)",
-                            self.peer.name(),
-                            limit.as_millis()
-                        )));
-                    }
-                }
-                Ok(Status::InProgress)
+        let status = self.state.status()?;
+        if status != Status::InProgress {
+            return Ok(status);
+        }
+        if self.state.is_stopped() {
+            let failed_at = self.lock().failed_at;
+            if failed_at.is_some_and(|at| at.elapsed() > drain_timeout) {
+                return Err(self.state.error());
+            }
+        } else if let Some(limit) = transfer_timeout {
+            let posted_at = self.lock().posted_at;
+            if posted_at.is_some_and(|at| at.elapsed() > limit) {
+                self.fail(Error::backend(format!(
+                    "the transfer with {} was not done after {} ms (transfer_timeout_ms)",
+                    self.peer.name(),
+                    limit.as_millis()
+                )));
             }
         }
+        Ok(status)
     }
 
     /// The host lets go of the request. In flight, it lives on in the rails until its last completion.
     pub fn release(&self) {
-        self.stopped.store(true, Ordering::Relaxed);
-        if self.state.load(Ordering::Acquire) == IN_FLIGHT {
+        self.state.stop();
+        if self.state.is_in_flight() {
             self.fail(Error::new(Status::Canceled, "the transfer was released in flight"));
         }
-    }
-
-    fn error(&self) -> Error {
-        self.lock().error.clone().unwrap_or_else(|| Error::backend("the transfer failed"))
     }
 
     fn lock_regions(&self) -> MutexGuard<'_, Vec<Arc<[MemoryRegion]>>> {
@@ -261,7 +240,7 @@ impl Transfer {
 
 impl RunOwner for Transfer {
     fn is_stopped(&self) -> bool {
-        self.stopped.load(Ordering::Relaxed)
+        self.state.is_stopped()
     }
 
     fn on_error(&self, error: Error) {

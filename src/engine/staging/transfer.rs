@@ -5,7 +5,6 @@
 //! way. Chunks are at different steps at a time, so copies there, copies here and the wire overlap.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -14,13 +13,8 @@ use crate::engine::Metadata;
 use crate::error::{Error, Result, Status};
 use crate::memory::{Registration, RemoteRegion, begin_uses};
 use crate::peer::Peer;
-use crate::transfer::Transfer;
+use crate::transfer::{PostState, Transfer};
 use crate::types::Op;
-
-const IDLE: u8 = 0;
-const IN_FLIGHT: u8 = 1;
-const DONE: u8 = 2;
-const FAILED: u8 = 3;
 
 /// A local and a remote range of equal length.
 pub struct StagedPiece {
@@ -56,15 +50,8 @@ pub struct StagedTransfer {
     pub(super) peer: Arc<Peer>,
     pub(super) pieces: Vec<StagedPiece>,
     bytes: u64,
-    state: AtomicU8,
-    stopped: AtomicBool,
-    post: Mutex<Post>,
-}
-
-#[derive(Default)]
-struct Post {
-    notification: Option<Vec<u8>>,
-    error: Option<Error>,
+    state: PostState,
+    notification: Mutex<Option<Vec<u8>>>,
 }
 
 impl fmt::Debug for StagedTransfer {
@@ -81,9 +68,8 @@ impl StagedTransfer {
             peer,
             bytes: pieces.iter().map(|piece| piece.len).sum(),
             pieces,
-            state: AtomicU8::new(IDLE),
-            stopped: AtomicBool::new(false),
-            post: Mutex::default(),
+            state: PostState::default(),
+            notification: Mutex::default(),
         }
     }
 
@@ -94,55 +80,43 @@ impl StagedTransfer {
 
     /// Begins a post.
     pub fn begin(&self, notification: Option<Vec<u8>>) -> Result<()> {
-        if self.state.load(Ordering::Acquire) == IN_FLIGHT {
-            return Err(Error::new(Status::RepostActive, "the transfer is still in flight"));
-        }
+        self.state.check_postable()?;
         self.peer.connect()?;
         begin_uses(self.pieces.iter().map(|piece| &piece.local))
             .map_err(|gone| Error::not_found(format!("a region of the transfer was deregistered: {gone}")))?;
-        *self.lock() = Post { notification, error: None };
-        self.stopped.store(false, Ordering::Relaxed);
-        self.state.store(IN_FLIGHT, Ordering::Release);
+        *self.lock() = notification;
+        self.state.begin();
         Ok(())
     }
 
     /// What checkXfer answers.
     pub fn status(&self) -> Result<Status> {
-        match self.state.load(Ordering::Acquire) {
-            DONE => Ok(Status::Success),
-            IN_FLIGHT => Ok(Status::InProgress),
-            FAILED => Err(self.lock().error.clone().unwrap_or_else(|| Error::backend("the transfer failed"))),
-            _ => Err(Error::new(Status::NotPosted, "the transfer was never posted")),
-        }
+        self.state.status()
     }
 
     /// The host lets go of the request; what has not begun does not.
     pub fn release(&self) {
-        self.stopped.store(true, Ordering::Relaxed);
+        self.state.stop();
     }
 
     /// Whether no chunk should begin any more.
     pub fn is_stopped(&self) -> bool {
-        self.stopped.load(Ordering::Relaxed)
+        self.state.is_stopped()
     }
 
     /// Everything has moved, or an error has ended it. Nothing is in flight.
     pub fn finish(&self, error: Option<Error>) {
-        let mut post = self.lock();
-        let outcome = match (error, post.notification.take()) {
+        let outcome = match (error, self.lock().take()) {
             (Some(e), _) => Err(e),
             (None, Some(message)) => self.peer.notify(message),
             (None, None) => Ok(()),
         };
-        post.error = outcome.err();
-        let state = if post.error.is_some() { FAILED } else { DONE };
-        drop(post);
         self.pieces.iter().for_each(|piece| piece.local.end_use());
-        self.state.store(state, Ordering::Release);
+        self.state.end(outcome.err());
     }
 
-    fn lock(&self) -> MutexGuard<'_, Post> {
-        self.post.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Option<Vec<u8>>> {
+        self.notification.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
