@@ -174,8 +174,7 @@ impl Api {
     fn attribute<T: Default>(&self, attribute: c_uint, address: u64) -> Option<T> {
         let mut value = T::default();
         // SAFETY: each caller's T is what the driver writes for its attribute.
-        let result =
-            unsafe { (self.pointer_get_attribute)((&raw mut value).cast(), attribute, address) };
+        let result = unsafe { (self.pointer_get_attribute)((&raw mut value).cast(), attribute, address) };
         (result == SUCCESS).then_some(value)
     }
 

@@ -187,7 +187,8 @@ impl State {
         }
         if let Some((_, length)) = flight.request.inline {
             // The flight is boxed, so its own bytes stay where they are until it ends.
-            flight.spans[0] = Span { address: flight.inline.as_ptr() as u64, length: length as u64, memory: HOST };
+            flight.spans[0] =
+                Span { address: flight.inline.as_ptr() as u64, length: length as u64, memory: HOST };
             return Ok(());
         }
         let write = flight.request.op == Op::Read;
@@ -365,7 +366,8 @@ impl State {
         let effects = self.effects(&flight.source, &flight.destination, Op::Read, false);
         let dice = flight.dice(self.seed(), Purpose::Pieces);
         let to = flight.spans.iter().copied().filter(|span| span.length > 0).collect();
-        let transfer = Transfer::fetch(peer, granted, to, Fetched { flight, grant: reply.serial }, &effects, dice);
+        let transfer =
+            Transfer::fetch(peer, granted, to, Fetched { flight, grant: reply.serial }, &effects, dice);
         self.transfers.push(transfer);
         true
     }

@@ -77,8 +77,7 @@ pub unsafe extern "C" fn softefa_ibv_reg_mr_iova2(
         // Without nvidia_peermem the kernel looks for pages of the process there, and finds none.
         return fail(libc::EFAULT);
     }
-    let registration =
-        Registration { pd: pd_number, address, iova, length: length as u64, access, memory };
+    let registration = Registration { pd: pd_number, address, iova, length: length as u64, access, memory };
     register(engine, pd, context, registration, address)
 }
 
