@@ -20,7 +20,7 @@ const ATTRIBUTE_MEMORY_TYPE: c_uint = 2;
 const ATTRIBUTE_IS_MANAGED: c_uint = 8;
 const ATTRIBUTE_DEVICE_ORDINAL: c_uint = 9;
 /// `CU_MEMORYTYPE_DEVICE`.
-const MEMORY_TYPE_DEVICE: c_uint = 2;
+const MEMORY_TYPE_DEVICE: u64 = 2;
 /// `CU_STREAM_NON_BLOCKING`.
 const STREAM_NON_BLOCKING: c_uint = 1;
 /// `CU_STREAM_CAPTURE_MODE_RELAXED`: a capture elsewhere in the program is none of ours to end.
@@ -58,8 +58,8 @@ enum Copy {
 /// Whether an address is that of GPU memory which a NIC could reach: device memory, and not managed, which moves.
 pub fn is_device(address: u64) -> bool {
     let Some(api) = Api::get() else { return false };
-    let kind: Option<c_uint> = api.attribute(ATTRIBUTE_MEMORY_TYPE, address);
-    kind == Some(MEMORY_TYPE_DEVICE) && api.attribute::<u8>(ATTRIBUTE_IS_MANAGED, address) == Some(0)
+    api.attribute(ATTRIBUTE_MEMORY_TYPE, address) == Some(MEMORY_TYPE_DEVICE)
+        && api.attribute(ATTRIBUTE_IS_MANAGED, address) == Some(0)
 }
 
 /// Copies `from` into GPU memory; it is there when this returns.
@@ -171,21 +171,22 @@ impl Api {
     }
 
     /// One attribute of a pointer; `None` where CUDA does not know the address, or is not initialised.
-    fn attribute<T: Default>(&self, attribute: c_uint, address: u64) -> Option<T> {
-        let mut value = T::default();
-        // SAFETY: each caller's T is what the driver writes for its attribute.
+    ///
+    /// The driver writes 1, 4 or 8 bytes; a zeroed word holds any of them on a little-endian machine.
+    fn attribute(&self, attribute: c_uint, address: u64) -> Option<u64> {
+        let mut value = 0_u64;
+        // SAFETY: no attribute asked for has more than 8 bytes; the address is looked up, not accessed.
         let result = unsafe { (self.pointer_get_attribute)((&raw mut value).cast(), attribute, address) };
         (result == SUCCESS).then_some(value)
     }
 
     /// The context of an allocation, or, of one that has none (VMM, stream-ordered), the primary one of its device.
     fn context_of(&self, address: u64) -> io::Result<Handle> {
-        if let Some(context) = self.attribute::<usize>(ATTRIBUTE_CONTEXT, address).filter(|it| *it != 0) {
+        if let Some(context) = self.attribute(ATTRIBUTE_CONTEXT, address).filter(|it| *it != 0) {
             return Ok(context as Handle);
         }
-        let ordinal: c_int = self
-            .attribute(ATTRIBUTE_DEVICE_ORDINAL, address)
-            .ok_or_else(|| io::Error::from_raw_os_error(libc::EFAULT))?;
+        let ordinal = self.attribute(ATTRIBUTE_DEVICE_ORDINAL, address);
+        let ordinal = ordinal.ok_or_else(|| io::Error::from_raw_os_error(libc::EFAULT))? as c_int;
         match self.known.lock().unwrap_or_else(PoisonError::into_inner).primary_contexts.entry(ordinal) {
             Entry::Occupied(known) => Ok(*known.get() as Handle),
             Entry::Vacant(new) => {
