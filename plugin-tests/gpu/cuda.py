@@ -62,6 +62,17 @@ def context_is_active(device):
     return bool(active.value)
 
 
+def no_dmabuf():
+    """Why the driver does not export memory of cudaMalloc as dmabuf: its error; 0 where it does."""
+    pointer, fd = c_void_p(), c_int(-1)
+    runtime("cudaMalloc", byref(pointer), c_size_t(2 << 20))
+    code = DRIVER.cuMemGetHandleForAddressRange(byref(fd), pointer, c_size_t(2 << 20), 1, c_ulonglong(0))
+    if not code:
+        os.close(fd.value)
+    runtime("cudaFree", pointer)
+    return code
+
+
 def free_bytes():
     free, total = c_size_t(), c_size_t()
     runtime("cudaMemGetInfo", byref(free), byref(total))
