@@ -3,10 +3,12 @@
 // It keeps the rules of the driver that our code could break: a context stack for each thread, calls that need a
 // current context, primary contexts that come into being when retained, memory kinds and their attributes, copies that
 // finish only after they were asked for, captures that an unsafe call ruins. It writes down each call.
-// "Device memory" is host memory, so copies move real bytes.
+// "Device memory" is host memory, so copies move real bytes. Hidden, it has a second mapping that only copies know: the
+// addresses that an application sees cannot be read or written, as a GPU's.
 //
 // A test drives it through the standin_ functions at the end. For a whole process: CUDA_STANDIN_DEVICES=n,
-// CUDA_STANDIN_FAIL=call:nth:code, CUDA_STANDIN_LOG=path (calls are appended).
+// CUDA_STANDIN_FAIL=call:nth:code, CUDA_STANDIN_LOG=path (calls are appended), CUDA_STANDIN_HIDDEN=1.
+// cudart.c stands in for libcudart.so above it.
 //
 // With -DWITH_CUDA_H the compiler compares each prototype and number here with NVIDIA's header.
 
@@ -35,12 +37,14 @@ typedef struct {
     void *win32HandleMetaData;
     struct { unsigned char compressionType, gpuDirectRDMACapable; unsigned short usage; unsigned char reserved[4]; } allocFlags;
 } CUmemAllocationProp;
+typedef struct { struct { unsigned int type; int id; } location; unsigned int flags; } CUmemAccessDesc;
 enum {
     CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1, CUDA_ERROR_OUT_OF_MEMORY = 2, CUDA_ERROR_NO_DEVICE = 100,
     CUDA_ERROR_INVALID_DEVICE = 101, CUDA_ERROR_INVALID_CONTEXT = 201, CUDA_ERROR_INVALID_HANDLE = 400,
     CUDA_ERROR_NOT_FOUND = 500, CUDA_ERROR_NOT_READY = 600, CUDA_ERROR_ILLEGAL_ADDRESS = 700,
     CUDA_ERROR_NOT_SUPPORTED = 801, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900,
     CU_POINTER_ATTRIBUTE_CONTEXT = 1, CU_POINTER_ATTRIBUTE_MEMORY_TYPE = 2, CU_POINTER_ATTRIBUTE_SYNC_MEMOPS = 6,
+    CU_POINTER_ATTRIBUTE_BUFFER_ID = 7,
     CU_POINTER_ATTRIBUTE_IS_MANAGED = 8, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9,
     CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE = 10, CU_POINTER_ATTRIBUTE_IS_GPU_DIRECT_RDMA_CAPABLE = 15,
     CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE = 17, CU_POINTER_ATTRIBUTE_MAPPING_SIZE = 18,
@@ -59,10 +63,16 @@ enum { DEVICES_MAX = 8, STACK_MAX = 32, PIECES_MAX = 4096, OPS_MAX = 256, LOG_BY
 enum kind { DEVICE, IMPORTED, ASYNC, VMM, MANAGED, HOST, VMM_ON_HOST };
 
 struct CUctx_st { int device; int alive; char name[16]; };
-struct op { void *dst; const void *src; size_t bytes; };
+struct op { uintptr_t dst, src; size_t bytes; };
 struct CUstream_st { CUcontext ctx; struct op ops[OPS_MAX]; unsigned long queued, done; int polls_left; };
 struct CUevent_st { CUcontext ctx; CUstream stream; unsigned long mark; };
-struct piece { uintptr_t base; size_t size; enum kind kind; int device; CUcontext ctx; int sync_memops; };
+struct piece {
+    uintptr_t base; size_t size; enum kind kind; int device; CUcontext ctx; int sync_memops;
+    char *alias; // where the bytes are, if not at base
+    unsigned long long id; // of this allocation, never used again
+};
+// Memory of cuMemCreate; its file can be mapped.
+struct handle { int fd, device; size_t size; };
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static int initialised, device_count = 2;
@@ -70,13 +80,15 @@ static struct { struct CUctx_st ctx; int refs; } primary[DEVICES_MAX];
 static int contexts_created, contexts_made, live_streams, live_events, live_pinned, live_handles;
 static struct piece pieces[PIECES_MAX];
 static int piece_count;
+static unsigned long long last_id;
+static struct handle handles[PIECES_MAX];
 static char call_log[LOG_BYTES_MAX];
 static size_t log_len;
 static const char *log_path;
 static struct { char call[64]; int nth, seen; CUresult code; } fault;
 static long calls_total;
 static int capturing, capture_ruined;
-static struct { int dmabuf, dmabuf_across, pcie_flag, gdr, polls; } option = { 1, 1, 1, 1, 3 };
+static struct { int dmabuf, dmabuf_across, pcie_flag, gdr, polls, hidden; } option = { 1, 1, 1, 1, 3, 0 };
 
 static __thread CUcontext stack[STACK_MAX];
 static __thread int depth;
@@ -138,6 +150,8 @@ __attribute__((constructor)) static void from_environment(void) {
     const char *text = getenv("CUDA_STANDIN_DEVICES");
     if (text) device_count = atoi(text) < DEVICES_MAX ? atoi(text) : DEVICES_MAX;
     log_path = getenv("CUDA_STANDIN_LOG");
+    text = getenv("CUDA_STANDIN_HIDDEN");
+    option.hidden = text && atoi(text);
     text = getenv("CUDA_STANDIN_FAIL");
     if (text) sscanf(text, "%63[^:]:%d:%u", fault.call, &fault.nth, (unsigned *)&fault.code);
     for (int i = 0; i < DEVICES_MAX; i++) {
@@ -150,6 +164,38 @@ static struct piece *find(uintptr_t addr) {
     for (int i = 0; i < piece_count; i++)
         if (addr >= pieces[i].base && addr < pieces[i].base + pieces[i].size) return &pieces[i];
     return NULL;
+}
+
+// How many of the bytes at addr lie behind each other, at most bytes, and where they really are.
+static size_t run(uintptr_t addr, size_t bytes, char **at) {
+    const struct piece *p = find(addr);
+    *at = p && p->alias ? p->alias + (addr - p->base) : (char *)addr;
+    if (p) return p->base + p->size - addr < bytes ? p->base + p->size - addr : bytes;
+    // Ordinary memory, which must not reach into a GPU's.
+    for (int i = 0; i < piece_count; i++)
+        if (pieces[i].base > addr && pieces[i].base - addr < bytes) bytes = pieces[i].base - addr;
+    return bytes;
+}
+
+static void move_bytes(uintptr_t dst, uintptr_t src, size_t bytes) {
+    while (bytes) {
+        char *to, *from;
+        size_t step = run(dst, run(src, bytes, &from), &to);
+        memcpy(to, from, step);
+        dst += step, src += step, bytes -= step;
+    }
+}
+
+// Whether all of this is memory of a device.
+static int on_device(uintptr_t addr, size_t bytes) {
+    while (bytes) {
+        const struct piece *p = find(addr);
+        if (!p || p->kind == HOST || p->kind == VMM_ON_HOST) return 0;
+        size_t step = p->base + p->size - addr;
+        if (step >= bytes) return 1;
+        addr += step, bytes -= step;
+    }
+    return 1;
 }
 
 CUresult cuInit(unsigned int flags) {
@@ -287,6 +333,7 @@ static CUresult attribute_of(void *data, CUpointer_attribute attribute, const st
     case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
         *(unsigned *)data = p->kind == HOST || p->kind == VMM_ON_HOST ? CU_MEMORYTYPE_HOST : CU_MEMORYTYPE_DEVICE;
         break;
+    case CU_POINTER_ATTRIBUTE_BUFFER_ID: *(unsigned long long *)data = p->id; break;
     case CU_POINTER_ATTRIBUTE_IS_MANAGED: *(unsigned char *)data = p->kind == MANAGED; break;
     case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: *(int *)data = p->device; break;
     case CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE: *(unsigned char *)data = p->kind == DEVICE; break;
@@ -334,18 +381,22 @@ CUresult cuMemGetAddressRange_v2(CUdeviceptr *base, size_t *size, CUdeviceptr ad
     return CUDA_SUCCESS;
 }
 
+// Handles below are of cuMemCreate, those from here on stand for a mapped piece.
+enum { RETAINED = PIECES_MAX };
+
 CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle *handle, void *addr) {
     ENTER("cuMemRetainAllocationHandle", "%s", "");
     const struct piece *p = find((uintptr_t)addr);
     if (!p || (p->kind != VMM && p->kind != VMM_ON_HOST)) return CUDA_ERROR_INVALID_VALUE;
-    *handle = p - pieces + 1;
+    *handle = RETAINED + (p - pieces);
     live_handles++;
     return CUDA_SUCCESS;
 }
 
 CUresult cuMemGetAllocationPropertiesFromHandle(CUmemAllocationProp *prop, CUmemGenericAllocationHandle handle) {
     ENTER("cuMemGetAllocationPropertiesFromHandle", "%s", "");
-    const struct piece *p = &pieces[handle - 1];
+    if (handle < RETAINED) return CUDA_ERROR_INVALID_VALUE;
+    const struct piece *p = &pieces[handle - RETAINED];
     memset(prop, 0, sizeof *prop);
     prop->type = CU_MEM_ALLOCATION_TYPE_PINNED;
     prop->location.type = p->kind == VMM ? CU_MEM_LOCATION_TYPE_DEVICE : CU_MEM_LOCATION_TYPE_HOST_NUMA;
@@ -356,7 +407,12 @@ CUresult cuMemGetAllocationPropertiesFromHandle(CUmemAllocationProp *prop, CUmem
 
 CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
     ENTER("cuMemRelease", "%s", "");
-    (void)handle;
+    if (handle < RETAINED) {
+        // What is mapped stays.
+        close(handles[handle].fd);
+        handles[handle].size = 0;
+        return CUDA_SUCCESS;
+    }
     live_handles--;
     return CUDA_SUCCESS;
 }
@@ -377,9 +433,9 @@ CUresult cuMemGetHandleForAddressRange(void *handle, CUdeviceptr addr, size_t si
     }
     if (!touched || (touched > 1 && !option.dmabuf_across)) return CUDA_ERROR_INVALID_VALUE;
     char tag[64];
-    snprintf(tag, sizeof tag, "cuda-standin-%p", (void *)&mutex);
+    snprintf(tag, sizeof tag, "dmabuf-cuda-standin-%p", (void *)&mutex);
     int fd = memfd_create(tag, MFD_CLOEXEC);
-    if (fd < 0) return CUDA_ERROR_OUT_OF_MEMORY;
+    if (fd < 0 || ftruncate(fd, size) != 0) return CUDA_ERROR_OUT_OF_MEMORY;
     *(int *)handle = fd;
     return CUDA_SUCCESS;
 }
@@ -415,7 +471,7 @@ CUresult cuStreamCreate(CUstream *stream, unsigned int flags) {
 static void advance(CUstream stream) {
     if (stream->done == stream->queued || --stream->polls_left > 0) return;
     const struct op *op = &stream->ops[stream->done++ % OPS_MAX];
-    memcpy(op->dst, op->src, op->bytes);
+    move_bytes(op->dst, op->src, op->bytes);
     stream->polls_left = option.polls;
 }
 
@@ -470,14 +526,112 @@ CUresult cuEventDestroy_v2(CUevent event) {
     return CUDA_SUCCESS;
 }
 
-CUresult cuMemcpyAsync(CUdeviceptr dst, CUdeviceptr src, size_t bytes, CUstream stream) {
-    ENTER("cuMemcpyAsync", "%s bytes=%zu", name(top()), bytes);
-    NEED_CONTEXT();
+static CUresult queue(CUdeviceptr dst, CUdeviceptr src, size_t bytes, CUstream stream) {
     if (stream->ctx != top()) return CUDA_ERROR_INVALID_HANDLE;
     if (stream->queued - stream->done == OPS_MAX) return CUDA_ERROR_OUT_OF_MEMORY;
     if (stream->queued == stream->done) stream->polls_left = option.polls;
-    struct op op = { (void *)(uintptr_t)dst, (const void *)(uintptr_t)src, bytes };
+    struct op op = { dst, src, bytes };
     stream->ops[stream->queued++ % OPS_MAX] = op;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemcpyAsync(CUdeviceptr dst, CUdeviceptr src, size_t bytes, CUstream stream) {
+    ENTER("cuMemcpyAsync", "%s bytes=%zu", name(top()), bytes);
+    NEED_CONTEXT();
+    return queue(dst, src, bytes, stream);
+}
+
+CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr dst, const void *src, size_t bytes, CUstream stream) {
+    ENTER("cuMemcpyHtoDAsync", "%s bytes=%zu", name(top()), bytes);
+    NEED_CONTEXT();
+    return on_device(dst, bytes) ? queue(dst, (uintptr_t)src, bytes, stream) : CUDA_ERROR_INVALID_VALUE;
+}
+
+CUresult cuMemcpyDtoHAsync_v2(void *dst, CUdeviceptr src, size_t bytes, CUstream stream) {
+    ENTER("cuMemcpyDtoHAsync", "%s bytes=%zu", name(top()), bytes);
+    NEED_CONTEXT();
+    return on_device(src, bytes) ? queue((uintptr_t)dst, src, bytes, stream) : CUDA_ERROR_INVALID_VALUE;
+}
+
+CUresult cuStreamSynchronize(CUstream stream) {
+    ENTER("cuStreamSynchronize", "%s", name(top()));
+    NEED_CONTEXT();
+    UNSAFE_IN_CAPTURE();
+    while (stream->done != stream->queued) {
+        stream->polls_left = 0;
+        advance(stream);
+    }
+    return CUDA_SUCCESS;
+}
+
+// libfabric asks for the first name of this call, and links what the driver has under it.
+#undef cuMemGetAddressRange
+CUresult cuMemGetAddressRange(CUdeviceptr *base, size_t *size, CUdeviceptr addr) {
+    return cuMemGetAddressRange_v2(base, size, addr);
+}
+
+CUresult cuDeviceCanAccessPeer(int *can, CUdevice device, CUdevice peer) {
+    (void)device, (void)peer;
+    *can = 1;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemAddressReserve(CUdeviceptr *base, size_t size, size_t alignment, CUdeviceptr wanted, unsigned long long flags) {
+    ENTER("cuMemAddressReserve", "%zu", size);
+    (void)alignment, (void)wanted, (void)flags;
+    void *at = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
+    *base = (uintptr_t)at;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemAddressFree(CUdeviceptr base, size_t size) {
+    ENTER("cuMemAddressFree", "%zu", size);
+    munmap((void *)(uintptr_t)base, size);
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size, const CUmemAllocationProp *prop, unsigned long long flags) {
+    ENTER("cuMemCreate", "%zu", size);
+    (void)flags;
+    for (int i = 1; i < PIECES_MAX; i++) {
+        if (handles[i].size) continue;
+        int fd = memfd_create("vmm", MFD_CLOEXEC);
+        if (fd < 0 || ftruncate(fd, size) != 0) return CUDA_ERROR_OUT_OF_MEMORY;
+        handles[i] = (struct handle){ fd, prop->location.id, size };
+        *handle = i;
+        return CUDA_SUCCESS;
+    }
+    return CUDA_ERROR_OUT_OF_MEMORY;
+}
+
+CUresult cuMemMap(CUdeviceptr addr, size_t size, size_t offset, CUmemGenericAllocationHandle handle, unsigned long long flags) {
+    ENTER("cuMemMap", "%zu", size);
+    (void)flags;
+    if (handle >= RETAINED || offset + size > handles[handle].size || piece_count == PIECES_MAX) return CUDA_ERROR_INVALID_VALUE;
+    char *alias = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, handles[handle].fd, offset);
+    if (alias == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
+    struct piece p = { addr, size, VMM, handles[handle].device, NULL, 0, alias, ++last_id };
+    pieces[piece_count++] = p;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemSetAccess(CUdeviceptr addr, size_t size, const CUmemAccessDesc *access, size_t count) {
+    (void)addr, (void)size, (void)access, (void)count;
+    return CUDA_SUCCESS;
+}
+
+static void forget(uintptr_t base, size_t size) {
+    for (int i = piece_count - 1; i >= 0; i--) {
+        if (pieces[i].base < base || pieces[i].base >= base + size) continue;
+        if (pieces[i].alias) munmap(pieces[i].alias, pieces[i].size);
+        pieces[i] = pieces[--piece_count];
+    }
+}
+
+CUresult cuMemUnmap(CUdeviceptr addr, size_t size) {
+    ENTER("cuMemUnmap", "%zu", size);
+    forget(addr, size);
     return CUDA_SUCCESS;
 }
 
@@ -516,15 +670,38 @@ uint64_t standin_map(int kind, const size_t *sizes, const int *devices, int coun
     LOCKED;
     size_t total = 0;
     for (int i = 0; i < count; i++) total += sizes[i];
-    char *base = mmap(NULL, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    int hidden = option.hidden && kind != HOST && kind != VMM_ON_HOST && kind != MANAGED;
+    char *base = mmap(NULL, total, hidden ? PROT_NONE : PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base == MAP_FAILED || piece_count + count > PIECES_MAX) return 0;
     char *at = base;
     for (int i = 0; i < count; at += sizes[i++]) {
         if (devices[i] < 0) continue;
-        struct piece p = { (uintptr_t)at, sizes[i], (enum kind)kind, devices[i], ctx, 0 };
+        char *alias = NULL;
+        if (hidden) {
+            alias = mmap(NULL, sizes[i], PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+            if (alias == MAP_FAILED) return 0;
+        }
+        struct piece p = { (uintptr_t)at, sizes[i], (enum kind)kind, devices[i], ctx, 0, alias, ++last_id };
         pieces[piece_count++] = p;
     }
     return (uintptr_t)base;
+}
+
+// Frees what standin_map made of one size. Returns 0 if nothing begins there.
+int standin_unmap(uint64_t base) {
+    LOCKED;
+    const struct piece *p = find(base);
+    if (!p || p->base != base) return 0;
+    size_t size = p->size;
+    forget(base, size);
+    munmap((void *)(uintptr_t)base, size);
+    return 1;
+}
+
+// A copy between memory of any kinds, over when it returns.
+void standin_copy(uint64_t dst, uint64_t src, size_t bytes) {
+    LOCKED;
+    move_bytes(dst, src, bytes);
 }
 
 // Fails the nth call (from 1 on) of a name from now on, or of any name ("*"); nth 0 fails none.
@@ -544,6 +721,7 @@ void standin_option(const char *key, int value) {
     else if (!strcmp(key, "gdr")) option.gdr = value;
     else if (!strcmp(key, "polls")) option.polls = value;
     else if (!strcmp(key, "devices")) device_count = value;
+    else if (!strcmp(key, "hidden")) option.hidden = value;
     else if (!strcmp(key, "capturing")) capturing = value;
     else abort();
 }

@@ -56,9 +56,21 @@ def set_device(device):
 
 
 def context_is_active(device):
-    flags, active = c_uint(), c_int()
-    driver("cuDevicePrimaryCtxGetState", device, byref(flags), byref(active))
+    handle, flags, active = c_int(), c_uint(), c_int()
+    driver("cuDeviceGet", byref(handle), device)
+    driver("cuDevicePrimaryCtxGetState", handle, byref(flags), byref(active))
     return bool(active.value)
+
+
+def no_dmabuf():
+    """Why the driver does not export memory of cudaMalloc as dmabuf: its error; 0 where it does."""
+    pointer, fd = c_void_p(), c_int(-1)
+    runtime("cudaMalloc", byref(pointer), c_size_t(2 << 20))
+    code = DRIVER.cuMemGetHandleForAddressRange(byref(fd), pointer, c_size_t(2 << 20), 1, c_ulonglong(0))
+    if not code:
+        os.close(fd.value)
+    runtime("cudaFree", pointer)
+    return code
 
 
 def free_bytes():
@@ -177,6 +189,16 @@ class Block:
         copy(data.ctypes.data, self.address, self.size)
         wrong = np.flatnonzero(data != pattern(seed, self.size))
         return f"{wrong.size} of {self.size} bytes wrong, the first at {wrong[0]}" if wrong.size else None
+
+    def mixture(self, parts):
+        """As `difference`, of (offset, length, seed): each part has what a fill with that seed put there."""
+        data = np.empty(self.size, dtype=np.uint8)
+        copy(data.ctypes.data, self.address, self.size)
+        for offset, length, seed in parts:
+            wrong = np.flatnonzero((data != pattern(seed, self.size))[offset : offset + length])
+            if wrong.size:
+                return f"{wrong.size} of {length} bytes at {offset} wrong, the first at {offset + wrong[0]}"
+        return None
 
     def free(self):
         if self._free:

@@ -61,6 +61,9 @@ class Node:
     def difference(self, address, seed):
         return self.blocks[address].difference(seed)
 
+    def mixture(self, address, parts):
+        return self.blocks[address].mixture(parts)
+
     def tail_at_once(self, address, size):
         return cuda.read_at_once(address + self.blocks[address].size - size, size)
 
@@ -96,16 +99,23 @@ class Node:
             raise RuntimeError(f"the transfer ended as {state}" if state != "PROC" else f"not done after {WAIT_S} s")
         return time.monotonic() - start
 
+    def post(self, handle):
+        return self.agent.transfer(handle)
+
+    def notifications(self):
+        """What has come since the last call: messages by the name of their sender."""
+        return self.agent.get_new_notifs()
+
     def facts(self):
         return cuda.open_files(), cuda.free_bytes(), cuda.current_device()
 
 
 class Remote:
-    """A Node in a process of its own."""
+    """A Node in a process of its own, which `launcher` starts."""
 
-    def __init__(self, name, params=None, device=0):
+    def __init__(self, name, params=None, device=0, launcher=()):
         ours, theirs = socket.socketpair()
-        command = [sys.executable, __file__, str(theirs.fileno())]
+        command = [*launcher, sys.executable, __file__, str(theirs.fileno())]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
         self.pipe = Connection(ours.detach())
@@ -123,6 +133,11 @@ class Remote:
 
     def __getattr__(self, method):
         return lambda *arguments: self._call(method, *arguments)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        self.pipe.close()
 
     def close(self):
         self.pipe.close()

@@ -4,11 +4,17 @@
 #   run.sh BUNDLE      a folder or .tar.xz that pack.sh made: the plugin, a libfabric with CUDA, a NIXL wheel
 #
 # It needs python3 with numpy (and PyTorch, for the cases about it), CUDA's runtime library, no network and no compiler.
-# LIMIT_S (default 220) bounds the whole. OUT, if set, names a folder for the log.
+# LIMIT_S (default 480) bounds the whole. OUT, if set, names a folder for the log. ONLY, if set, is a list of what to run:
+# shm tcp staging sanitizer efa. The last needs a bundle with software EFA devices: GPU memory is then registered with
+# libfabric's real efa provider, by dmabuf, by address, and where the host refuses both.
+#
+# Without a GPU: cuda-standin/build.sh DIR, then LD_LIBRARY_PATH=DIR NIXL_LIBFABRIC_LIBCUDA=DIR/libcuda.so.1
+# CUDA_STANDIN_HIDDEN=1 ONLY=efa run.sh BUNDLE.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 bundle=${1:?a bundle made by pack.sh}
-limit=${LIMIT_S:-220}
+limit=${LIMIT_S:-480}
+only=${ONLY:-shm tcp staging sanitizer efa}
 end=$(($(date +%s) + limit))
 if [ -f "$bundle" ]; then
     unpacked=$(mktemp -d)
@@ -20,7 +26,14 @@ log=${OUT:-$(mktemp -d)}/gpu.log
 : >"$log"
 
 export NIXL_PLUGIN_DIR="$bundle/plugin" NIXL_LOG_LEVEL="${NIXL_LOG_LEVEL:-INFO}" PYTHONUNBUFFERED=1
-export PYTHONPATH="$bundle/nixl:$here" LD_LIBRARY_PATH="$bundle/libfabric${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+export PYTHONPATH="$bundle/nixl:$here" CASES_LOG="$log.part"
+libraries=${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+export LD_LIBRARY_PATH="$bundle/libfabric$libraries"
+
+wanted() {
+    case " $only " in *" $1 "*) return 0 ;; esac
+    return 1
+}
 
 # One run of cases.py, its lines to the screen and everything to the log. Arguments: name, provider, command in front.
 cases() {
@@ -42,10 +55,42 @@ cases() {
 }
 
 nvidia-smi --query-gpu=index,name,pci.bus_id,driver_version --format=csv,noheader 2>/dev/null
-cases shm shm
-cases tcp tcp
-cases staging tcp
-if command -v compute-sanitizer >/dev/null; then
+# The cases on software EFA devices, two hosts with four each, which hold and reorder half of what they carry. Arguments:
+# fabric, and the registrations of GPU memory that the hosts take.
+efa() {
+    export EFA_FABRIC=$1 SOFTEFA_GPU=$2 SOFTEFA_ENV="$bundle/softefa/softefa-env"
+    export SOFTEFA_DIR="/dev/shm/softefa-gpu-$$" SOFTEFA_DEVICES=4 SOFTEFA_TRACE=1 FI_LOG_LEVEL="${FI_LOG_LEVEL:-warn}"
+    mkdir -p "$SOFTEFA_DIR"
+    echo "reorder_us=500 hold_pct=50" >"$SOFTEFA_DIR/control"
+    before=$(grep -c '^FAIL' "$log")
+    LD_LIBRARY_PATH="$bundle/libfabric-efa$libraries" cases efa efa "$SOFTEFA_ENV" --host a --
+    if [ "$(grep -c '^FAIL' "$log")" -ne "$before" ]; then
+        for trace in "$SOFTEFA_DIR"/trace-*; do
+            echo "== the last of $trace"
+            "$SOFTEFA_ENV" trace "$trace" | tail -n 200
+        done >>"$log"
+    fi
+    rm -rf "$SOFTEFA_DIR"
+}
+
+wanted shm && cases shm shm
+wanted tcp && cases tcp tcp
+wanted staging && cases staging tcp
+if ! wanted efa; then
+    :
+elif [ ! -d "$bundle/softefa" ]; then
+    echo "SKIP  efa  the bundle has no software EFA devices (pack.sh says how)" | tee -a "$log"
+else
+    for way in dmabuf pointer none; do
+        efa efa "$way"
+    done
+    for way in dmabuf pointer; do
+        efa efa-direct "$way"
+    done
+fi
+if ! wanted sanitizer; then
+    :
+elif command -v compute-sanitizer >/dev/null; then
     cases sanitizer shm compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes application-only
 else
     echo "SKIP  sanitizer  compute-sanitizer is not here" | tee -a "$log"

@@ -181,8 +181,8 @@ fn open_rail(
         cq_entries: config.cq_entries as u32,
         stall_timeout: config.connect_timeout,
         want_wait_fd,
-        // Registering GPU memory needs it; asked for only where there is some (`discover`).
-        cuda_api: (device.has_hmem() && matches!(Runtime::get(), Ok(Runtime::Cuda(_)))).then_some(true),
+        // Asked for only where there is some (`discover`).
+        gpu_by_nic: device.has_hmem() && matches!(Runtime::get(), Ok(Runtime::Cuda(_))),
     };
     Rail::open(id, &domain, device, &limits)
 }

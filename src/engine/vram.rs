@@ -311,6 +311,13 @@ fn usable_runtime(rails: &[Arc<Rail>], found: &Found) -> Result<Runtime> {
         )));
     }
     let runtime = Runtime::get()?;
+    if let Some(rail) = rails.iter().find(|rail| !rail.reaches_gpus()) {
+        return Err(Error::not_supported(format!(
+            "the NIC {} cannot reach GPU memory: its kernel takes neither a dmabuf of it nor its address (nvidia_peermem); \
+             libfabric would copy it piece by piece. Set vram_staging, or copy it to host memory",
+            rail.device().domain_name()
+        )));
+    }
     if found.software && !knows_interface(&rails[0], runtime) {
         return Err(Error::not_supported(format!(
             "libfabric at hand was built without {}, so its provider {} cannot register accelerator memory",

@@ -124,23 +124,29 @@ fn settings(direct: bool, options: &EndpointOptions) -> Vec<Setting> {
             why: "shared memory to peers on this host",
         });
     }
-    if let Some(permitted) = options.cuda_api {
+    if options.gpu_by_nic {
+        // Permitted, the efa fabric asks CUDA for synchronous copies on each buffer that is posted, which it refuses for
+        // VMM memory, and then so does the post (2.1 to 2.6). And it is the one question that tells a NIC which reaches
+        // GPU memory from a provider that copies it.
         settings.push(Setting {
             name: "FI_OPT_CUDA_API_PERMITTED",
             option: sys::FI_OPT_CUDA_API_PERMITTED,
-            value: Value::Flag(permitted),
-            why: "calls of CUDA from inside libfabric",
+            value: Value::Flag(false),
+            why: "GPU memory is the NIC's to move",
         });
     }
     settings
 }
 
 /// Sets the options by `set(option, value bytes)`. One that this libfabric does not know keeps its default.
+///
+/// False if the NIC is to move GPU memory and cannot reach it.
 pub(super) fn configure(
     device: &Device,
     options: &EndpointOptions,
     mut set: impl FnMut(c_int, &[u8]) -> Result<(), FabricError>,
-) {
+) -> bool {
+    let mut reaches_gpus = true;
     for Setting { name, option, value, why } in settings(is_direct(device), options) {
         let result = match value {
             Value::Flag(flag) => set(option, &[u8::from(flag)]),
@@ -148,12 +154,17 @@ pub(super) fn configure(
         };
         match result {
             Ok(()) => {}
+            Err(error) if option == sys::FI_OPT_CUDA_API_PERMITTED && error.code == libc::EOPNOTSUPP => {
+                log::debug!("{device:?}: this NIC cannot reach GPU memory: {error}");
+                reaches_gpus = false;
+            }
             Err(error) if matches!(error.code, libc::ENOSYS | libc::ENOPROTOOPT) => {
                 log::debug!("{device:?}: this libfabric does not know {name} ({why}), its default stays");
             }
             Err(error) => log::warn!("{device:?}: {name} ({why}) cannot be set, its default stays: {error}"),
         }
     }
+    reaches_gpus
 }
 
 #[cfg(test)]
@@ -180,5 +191,16 @@ mod tests {
         assert!(sets(false, sys::FI_OPT_EFA_USE_UNSOLICITED_WRITE_RECV));
         assert!(!sets(true, sys::FI_OPT_EFA_USE_UNSOLICITED_WRITE_RECV));
         assert!(sets(true, sys::FI_OPT_EFA_RNR_RETRY));
+    }
+
+    #[test]
+    fn cuda_is_forbidden_only_where_there_are_gpus() {
+        let option = |gpu_by_nic| {
+            let options = EndpointOptions { gpu_by_nic, ..EndpointOptions::default() };
+            let settings = settings(false, &options);
+            settings.into_iter().find(|s| s.option == sys::FI_OPT_CUDA_API_PERMITTED).map(|s| s.value)
+        };
+        assert_eq!(option(true), Some(Value::Flag(false)));
+        assert_eq!(option(false), None);
     }
 }

@@ -35,8 +35,8 @@ pub struct EndpointOptions {
     pub want_wait_fd: bool,
     /// Whether efa may use shared memory to peers on this host.
     pub shared_memory: bool,
-    /// Whether efa may call CUDA; `None` leaves it to the provider.
-    pub cuda_api: Option<bool>,
+    /// Whether efa is to leave GPU memory to its NIC and make no call of CUDA; see [`Endpoint::reaches_gpus`].
+    pub gpu_by_nic: bool,
 }
 
 impl Default for EndpointOptions {
@@ -48,7 +48,7 @@ impl Default for EndpointOptions {
             rx_size: None,
             want_wait_fd: true,
             shared_memory: false,
-            cuda_api: None,
+            gpu_by_nic: false,
         }
     }
 }
@@ -63,6 +63,7 @@ pub struct Endpoint {
     pub(super) peers: Peers,
     wait_fd: Option<RawFd>,
     tx_size: usize,
+    reaches_gpus: bool,
     // Last: what is above is closed before its domain.
     occupied: Occupied,
 }
@@ -112,9 +113,8 @@ impl Endpoint {
                 Err(error) => log::debug!("{device:?}: no event queue on its endpoints: {error}"),
             }
         }
-        if efa::is_efa(device.provider()) {
-            efa::configure(device, options, |option, value| set_option(&ep, option, value));
-        }
+        let reaches_gpus = !efa::is_efa(device.provider())
+            || efa::configure(device, options, |option, value| set_option(&ep, option, value));
         // SAFETY: FI_ENABLE takes no argument.
         unsafe { ep.control("fi_enable", sys::FI_ENABLE, ptr::null_mut())? };
         Ok(Self {
@@ -126,6 +126,7 @@ impl Endpoint {
             peers: Peers::default(),
             wait_fd,
             tx_size: options.tx_size.unwrap_or(device.tx_size()),
+            reaches_gpus,
             occupied,
         })
     }
@@ -138,6 +139,12 @@ impl Endpoint {
     /// Entries of the transmit queue.
     pub fn tx_size(&self) -> usize {
         self.tx_size
+    }
+
+    /// False if efa was asked to leave GPU memory to its NIC and answered that this NIC cannot reach it. It would still
+    /// take GPU memory, and carry it through the processor in packets of 8 KB, each copied by CUDA.
+    pub fn reaches_gpus(&self) -> bool {
+        self.reaches_gpus
     }
 
     /// Operations in flight, receives included.

@@ -115,7 +115,7 @@ impl Core {
                 context_count: contexts,
                 rx_size: efa::rx_size(device, limits.receive_buffers),
                 want_wait_fd: limits.want_wait_fd,
-                cuda_api: limits.cuda_api,
+                gpu_by_nic: limits.gpu_by_nic,
                 ..EndpointOptions::default()
             },
         )?;
@@ -158,6 +158,10 @@ impl Core {
 
     pub fn wait_fd(&self) -> Option<i32> {
         self.endpoint.wait_fd()
+    }
+
+    pub fn reaches_gpus(&self) -> bool {
+        self.endpoint.reaches_gpus()
     }
 
     /// Makes a region usable at this endpoint, where the provider wants that said.

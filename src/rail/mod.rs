@@ -58,8 +58,8 @@ pub struct RailLimits {
     pub stall_timeout: Duration,
     /// Whether to ask the provider for a wait object.
     pub want_wait_fd: bool,
-    /// Whether the provider may call CUDA; `None` leaves it to the provider.
-    pub cuda_api: Option<bool>,
+    /// Whether the NIC is to move GPU memory by itself; see [`Rail::reaches_gpus`].
+    pub gpu_by_nic: bool,
 }
 
 /// What a rail has done since it was opened.
@@ -129,6 +129,7 @@ pub struct Rail {
     domain: Arc<Domain>,
     endpoint_name: Vec<u8>,
     wait_fd: Option<i32>,
+    reaches_gpus: bool,
     inbox: SegQueue<Command>,
     /// Runs and messages accepted and not finished.
     unfinished: AtomicUsize,
@@ -160,6 +161,7 @@ impl Rail {
             domain: Arc::clone(domain),
             endpoint_name: core.endpoint_name()?,
             wait_fd: core.wait_fd(),
+            reaches_gpus: core.reaches_gpus(),
             inbox: SegQueue::new(),
             unfinished: AtomicUsize::new(0),
             backlog: AtomicBool::new(false),
@@ -196,6 +198,12 @@ impl Rail {
     /// A descriptor that turns readable when there is something to poll for; valid while the rail lives.
     pub fn wait_fd(&self) -> Option<i32> {
         self.wait_fd
+    }
+
+    /// False where the provider says that its NIC cannot reach GPU memory, although it would take it: see
+    /// [`Endpoint::reaches_gpus`](crate::fabric::Endpoint::reaches_gpus).
+    pub fn reaches_gpus(&self) -> bool {
+        self.reaches_gpus
     }
 
     /// Whether nothing is queued or in flight here (receives do not count).

@@ -217,7 +217,7 @@ impl Bed {
         // SAFETY: see `app_uses`.
         let tag =
             unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn() -> *const c_void>(symbol)() };
-        let tag = format!("/memfd:cuda-standin-{tag:p} ");
+        let tag = format!("/memfd:dmabuf-cuda-standin-{tag:p} ");
         let open = std::fs::read_dir("/proc/self/fd")
             .unwrap()
             .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());

@@ -26,6 +26,40 @@ pub struct Config {
     pub seed: u64,
     /// `SOFTEFA_TRACE`: keep a trace ring in the directory.
     pub trace: bool,
+    /// `SOFTEFA_GPU`: how this host's kernel lets the device reach GPU memory.
+    pub gpu: GpuAccess,
+}
+
+/// The ways in which GPU memory can be registered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GpuAccess {
+    /// By dmabuf, as a kernel with `ib_umem_dmabuf` does.
+    pub dmabuf: bool,
+    /// By address, as a kernel with the module `nvidia_peermem` does.
+    pub pointer: bool,
+}
+
+impl GpuAccess {
+    fn parse(text: &str) -> Option<Self> {
+        let (dmabuf, pointer) = match text {
+            "all" => (true, true),
+            "dmabuf" => (true, false),
+            "pointer" => (false, true),
+            "none" => (false, false),
+            _ => return None,
+        };
+        Some(Self { dmabuf, pointer })
+    }
+
+    /// The name that is parsed.
+    pub fn name(self) -> &'static str {
+        match (self.dmabuf, self.pointer) {
+            (true, true) => "all",
+            (true, false) => "dmabuf",
+            (false, true) => "pointer",
+            (false, false) => "none",
+        }
+    }
 }
 
 /// One device of this host.
@@ -74,7 +108,10 @@ impl Config {
         let seed = seed.parse().map_err(|_| format!("SOFTEFA_SEED={seed}: not a number"))?;
         let control = set("SOFTEFA_CONTROL").map_or_else(|| dir.join("control"), PathBuf::from);
         let trace = set("SOFTEFA_TRACE").is_some_and(|value| value != "0");
-        Ok(Self { dir, host, topology_name, topology, devices, control, seed, trace })
+        let gpu = set("SOFTEFA_GPU").unwrap_or_else(|| "all".to_owned());
+        let gpu = GpuAccess::parse(&gpu)
+            .ok_or_else(|| format!("SOFTEFA_GPU={gpu}: not all, dmabuf, pointer or none"))?;
+        Ok(Self { dir, host, topology_name, topology, devices, control, seed, trace, gpu })
     }
 
     /// Root of the host's own sysfs tree.
@@ -124,12 +161,21 @@ mod tests {
     }
 
     #[test]
+    fn ways_to_gpu_memory_by_name() {
+        assert_eq!(with(&[]).expect("defaults").gpu, GpuAccess { dmabuf: true, pointer: true });
+        for name in ["all", "dmabuf", "pointer", "none"] {
+            assert_eq!(with(&[("SOFTEFA_GPU", name)]).expect(name).gpu.name(), name);
+        }
+    }
+
+    #[test]
     fn bad_values_are_named() {
         for (name, value) in [
             ("SOFTEFA_SEED", "x"),
             ("SOFTEFA_HOST", "a/b"),
             ("SOFTEFA_DEVICES", "mlx5_0"),
             ("SOFTEFA_TOPOLOGY", "p9"),
+            ("SOFTEFA_GPU", "peermem"),
         ] {
             let error = with(&[(name, value)]).expect_err("bad value");
             assert!(error.contains(value), "{error}");

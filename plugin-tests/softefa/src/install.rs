@@ -8,8 +8,11 @@ use std::sync::{Mutex, PoisonError};
 /// Where build.rs put the two thin libraries.
 const SHIMS: &str = env!("SOFTEFA_SHIM_DIR");
 
+/// The two thin libraries.
+const THIN: [&str; 2] = ["libibverbs.so.1", "libefa.so.1"];
+
 /// The directory with `libibverbs.so.1`, `libefa.so.1` and `libsoftefa.so`, made or refreshed beside the running
-/// program (a binary or test of this workspace).
+/// program (a binary or test of this workspace), or taken as it is by a program that was carried elsewhere with it.
 pub fn library_dir() -> io::Result<PathBuf> {
     // Files on their way in are named by the process alone.
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -18,12 +21,15 @@ pub fn library_dir() -> io::Result<PathBuf> {
     let beside = program.parent().unwrap_or(Path::new("."));
     let candidates = [beside.join("deps"), beside.to_owned()];
     let device = candidates.iter().map(|dir| dir.join("libsoftefa.so")).find(|path| path.is_file());
-    let device = device
-        .ok_or_else(|| io::Error::other("no libsoftefa.so beside this program: cargo build -p softefa"))?;
     let dir = beside.join("softefa-lib");
+    let Some(device) = device else {
+        let whole = THIN.iter().chain(&["libsoftefa.so"]).all(|name| dir.join(name).is_file());
+        let advice = "no libsoftefa.so beside this program: cargo build -p softefa";
+        return if whole { Ok(dir) } else { Err(io::Error::other(advice)) };
+    };
     fs::create_dir_all(&dir)?;
     refresh(&device, &dir.join("libsoftefa.so"))?;
-    for name in ["libibverbs.so.1", "libefa.so.1"] {
+    for name in THIN {
         refresh(&Path::new(SHIMS).join(name), &dir.join(name))?;
     }
     Ok(dir)

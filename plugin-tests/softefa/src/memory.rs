@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use crate::abi::verbs::{IBV_ACCESS_LOCAL_WRITE, ibv_gid};
-use crate::shm::channel::Span;
+use crate::shm::channel::{HOST, Span};
 
 /// Registrations of one device in one process.
 pub const REGISTRATIONS_MAX: usize = 256 * 1024;
@@ -25,6 +25,8 @@ pub struct Registration {
     pub length: u64,
     /// Verbs access flags.
     pub access: u32,
+    /// Whose memory it is: [`HOST`] or [`GPU`](crate::shm::channel::GPU).
+    pub memory: u64,
 }
 
 /// All registrations of a device in this process.
@@ -67,13 +69,17 @@ impl Registrations {
         let offset = iova.checked_sub(found.iova)?;
         let fits = offset.checked_add(length)? <= found.length;
         let allowed = found.pd == pd && found.access & access == access;
-        (fits && allowed).then(|| Span { address: found.address.wrapping_add(offset), length })
+        (fits && allowed).then(|| Span {
+            address: found.address.wrapping_add(offset),
+            length,
+            memory: found.memory,
+        })
     }
 
     /// Like [`Registrations::resolve`] for the local side, where `write` is all that may be asked.
     pub fn resolve_local(&self, key: u32, pd: u32, iova: u64, length: u64, write: bool) -> Option<Span> {
         if length == 0 {
-            return Some(Span { address: 0, length: 0 });
+            return Some(Span { address: 0, length: 0, memory: HOST });
         }
         self.resolve(key, pd, iova, length, if write { IBV_ACCESS_LOCAL_WRITE } else { 0 })
     }
@@ -132,7 +138,7 @@ mod tests {
         fn only_what_lies_inside_resolves(iova in 1_u64.., length: u32, at: u64, bytes: u32) {
             let length = u64::from(length).min(u64::MAX - iova);
             let mut table = Registrations::new(1);
-            let registration = Registration { pd: 1, address: 0x1000, iova, length, access: 2 };
+            let registration = Registration { pd: 1, address: 0x1000, iova, length, access: 2, memory: HOST };
             let key = table.insert(registration).expect("room");
             let bytes = u64::from(bytes);
             let at = if at % 2 == 0 { at } else { iova.wrapping_add(at % length.max(1)) };

@@ -19,6 +19,7 @@ usage: softefa-env [OPTION]... [-- COMMAND [ARGUMENT]...]   print the variables 
   --dir DIR          the network (/dev/shm/softefa-UID)
   --control FILE     faults (DIR/control)
   --seed NUMBER      of order and faults (1)
+  --gpu WAY          registrations of GPU memory that the host takes: all, dmabuf, pointer, none (all)
   --trace            keep a trace
   --hwloc            also let hwloc see the instance type's machine
 ";
@@ -54,6 +55,7 @@ impl Options {
                 "--dir" => "SOFTEFA_DIR",
                 "--control" => "SOFTEFA_CONTROL",
                 "--seed" => "SOFTEFA_SEED",
+                "--gpu" => "SOFTEFA_GPU",
                 "--trace" => {
                     options.set.push(("SOFTEFA_TRACE", "1".to_owned()));
                     continue;
@@ -126,6 +128,7 @@ fn variables(config: &Config, with_hwloc: bool) -> Result<Vec<(String, String)>,
         ("SOFTEFA_SEED", config.seed.to_string()),
         ("SOFTEFA_TRACE", u8::from(config.trace).to_string()),
         ("SOFTEFA_TOPOLOGY", config.topology_name.clone()),
+        ("SOFTEFA_GPU", config.gpu.name().to_owned()),
     ];
     if with_hwloc {
         let file = config.dir.join("hosts").join(&config.host).join("hwloc.xml");

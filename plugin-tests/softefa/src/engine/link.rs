@@ -1,14 +1,15 @@
 //! What this process has with one other process: a channel each way, and its own operations in flight to it.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::source::Flight;
+use crate::bounce::{self, Bounce, Pool, Refused};
 use crate::shm::Mapping;
-use crate::shm::channel::{self, Channel, Message, SLOTS_MAX};
+use crate::shm::channel::{self, Channel, Message, SLOTS_MAX, Span, kind};
 use crate::shm::mailbox::{self, Mailbox};
 use crate::shm::process::ProcessId;
 
@@ -32,6 +33,11 @@ pub struct Link {
     pub stalled: VecDeque<Box<Flight>>,
     /// Replies that wait for room.
     backlog: VecDeque<Message>,
+    /// Copies of GPU memory for the peer to fetch.
+    bounces: Pool,
+    /// Those of them that reads were granted from, by a number that is never 0.
+    grants: BTreeMap<u64, Bounce>,
+    last_grant: u64,
     dirty: bool,
 }
 
@@ -52,16 +58,26 @@ impl Link {
             free: (0..SLOTS_MAX).rev().collect(),
             stalled: VecDeque::new(),
             backlog: VecDeque::new(),
+            bounces: Pool::default(),
+            grants: BTreeMap::new(),
+            last_grant: 0,
             dirty: false,
         })
     }
 
-    /// Sends an operation; gives it back when there is no room.
-    pub fn launch(&mut self, flight: Box<Flight>) -> Result<(), Box<Flight>> {
-        if !self.out.has_room() || !self.backlog.is_empty() {
-            return Err(flight);
+    /// Sends an operation; gives it back when there is no room, or, with the reason, when its GPU memory cannot be read.
+    pub fn launch(&mut self, mut flight: Box<Flight>) -> Result<(), (Box<Flight>, Option<io::Error>)> {
+        if !self.out.has_room() || !self.backlog.is_empty() || self.free.is_empty() {
+            return Err((flight, None));
         }
-        let Some(slot) = self.free.pop() else { return Err(flight) };
+        if flight.is_source() && bounce::is_needed(&flight.spans) {
+            match self.bounces.copy(&flight.spans) {
+                Ok(bounce) => flight.bounce = Some(bounce),
+                Err(Refused::Full) => return Err((flight, None)),
+                Err(Refused::Failed(error)) => return Err((flight, Some(error))),
+            }
+        }
+        let Some(slot) = self.free.pop() else { return Err((flight, None)) };
         let generation = self.out.post(slot);
         let message = flight.message(slot, generation);
         // Room was seen above, and this process is the only producer.
@@ -77,6 +93,27 @@ impl Link {
             self.backlog.push_back(message);
         }
         self.dirty = true;
+    }
+
+    /// Copies GPU memory that the peer may read. Returns the number of the grant and where the copy is.
+    pub fn grant(&mut self, from: Span) -> Result<(u64, Span), Refused> {
+        let bounce = self.bounces.copy(&[from])?;
+        let span = bounce.span();
+        self.last_grant += 1;
+        self.grants.insert(self.last_grant, bounce);
+        Ok((self.last_grant, span))
+    }
+
+    /// The peer has fetched what it was granted.
+    pub fn end_grant(&mut self, grant: u64) {
+        self.grants.remove(&grant);
+    }
+
+    /// Tells the peer that its grant is of no more use; 0 is none.
+    pub fn fetched(&mut self, grant: u64) {
+        if grant != 0 {
+            self.reply(Message { kind: kind::FETCHED, serial: grant, ..Message::default() });
+        }
     }
 
     /// The operation that a reply is about, which leaves its slot. `None` for an answer to something given up.

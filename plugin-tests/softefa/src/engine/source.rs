@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use super::link::Link;
 use super::state::{Event, State};
-use super::target::Transfer;
+use super::target::{Fetched, Transfer};
 use crate::abi::verbs::ibv_gid;
+use crate::bounce::Bounce;
 use crate::control::{Dice, Effects, When};
 use crate::counters::{Counters, add};
 use crate::memory::NO_ADDRESS_HANDLE;
@@ -15,7 +16,7 @@ use crate::queue::cq::Completion;
 use crate::queue::qp::{QueuePair, RNR_RETRY_FOREVER};
 use crate::queue::work::{INLINE_BYTES_MAX, WorkRequest};
 use crate::shm::Mapping;
-use crate::shm::channel::{Message, SPANS_MAX, Span, kind};
+use crate::shm::channel::{HOST, Message, SPANS_MAX, Span, kind};
 use crate::shm::device;
 use crate::shm::process::ProcessId;
 use crate::status::{Op, Status};
@@ -56,6 +57,8 @@ pub struct Flight {
     pub spans: [Span; SPANS_MAX],
     /// Bytes in all.
     pub length: u64,
+    /// What its target fetches in place of GPU memory, while it is in its slot.
+    pub bounce: Option<Bounce>,
     inline: [u8; INLINE_BYTES_MAX],
     serial: u64,
     attempts: u32,
@@ -94,8 +97,16 @@ impl Flight {
             serial: self.serial,
             source_gid: self.source.raw,
             destination_gid: self.destination.raw,
-            spans: self.spans,
+            spans: match &self.bounce {
+                Some(bounce) => [bounce.span(), Span::default()],
+                None => self.spans,
+            },
         }
+    }
+
+    /// Whether the data is fetched from here.
+    pub fn is_source(&self) -> bool {
+        self.request.op != Op::Read
     }
 
     fn note(&self, event: Trace, status: Status) {
@@ -128,6 +139,7 @@ impl State {
             destination,
             spans: [Span::default(); SPANS_MAX],
             length: request.length(),
+            bounce: None,
             inline: request.inline.map_or([0; INLINE_BYTES_MAX], |(bytes, _)| bytes),
             serial: qp.next_serial(),
             attempts: 0,
@@ -175,7 +187,8 @@ impl State {
         }
         if let Some((_, length)) = flight.request.inline {
             // The flight is boxed, so its own bytes stay where they are until it ends.
-            flight.spans[0] = Span { address: flight.inline.as_ptr() as u64, length: length as u64 };
+            flight.spans[0] =
+                Span { address: flight.inline.as_ptr() as u64, length: length as u64, memory: HOST };
             return Ok(());
         }
         let write = flight.request.op == Op::Read;
@@ -248,13 +261,22 @@ impl State {
             self.lose_or_refuse(flight);
             return;
         };
-        match self.link_to(owner) {
-            Some(link) => {
-                if let Err(flight) = link.launch(flight) {
-                    link.stalled.push_back(flight);
-                }
+        self.launch(owner, flight);
+    }
+
+    /// Hands an operation to its link, where it waits if there is no room.
+    pub(super) fn launch(&mut self, owner: ProcessId, flight: Box<Flight>) {
+        let Some(link) = self.link_to(owner) else {
+            self.finish(flight, Status::REMOTE_BAD_QPN);
+            return;
+        };
+        match link.launch(flight) {
+            Ok(()) => {}
+            Err((flight, None)) => link.stalled.push_back(flight),
+            Err((flight, Some(error))) => {
+                eprintln!("softefa: {:#x} of a GPU cannot be read: {error}", flight.spans[0].address);
+                self.finish(flight, Status::INVALID_LKEY);
             }
-            None => self.finish(flight, Status::REMOTE_BAD_QPN),
         }
     }
 
@@ -308,6 +330,7 @@ impl State {
     }
 
     fn not_ready(&mut self, mut flight: Box<Flight>) {
+        flight.bounce = None;
         flight.note(Trace::NotReady, Status::REMOTE_RNR);
         let retry = flight.qp.rnr_retry.load(Ordering::Relaxed);
         if retry != RNR_RETRY_FOREVER && flight.attempts >= retry {
@@ -319,31 +342,34 @@ impl State {
         self.at(now_ns() + wait, Event::Transmit(flight));
     }
 
-    /// The target answered.
-    pub(super) fn answered(&mut self, flight: Box<Flight>, reply: &Message, link_peer: ProcessId) {
+    /// The target answered. Returns whether it is fetched from now.
+    pub(super) fn answered(&mut self, flight: Box<Flight>, reply: &Message, link_peer: ProcessId) -> bool {
         self.responsive.insert(flight.destination.raw);
         if !flight.is_live() {
-            return;
+            return false;
         }
         match Status(reply.status) {
             Status::REMOTE_RNR => self.not_ready(flight),
-            Status::OK if flight.request.op == Op::Read => self.fetch(flight, reply, link_peer),
+            Status::OK if flight.request.op == Op::Read => return self.fetch(flight, reply, link_peer),
             status => self.finish(flight, status),
         }
+        false
     }
 
     /// A read was granted: the data comes.
-    fn fetch(&mut self, flight: Box<Flight>, reply: &Message, peer: ProcessId) {
+    fn fetch(&mut self, flight: Box<Flight>, reply: &Message, peer: ProcessId) -> bool {
         let granted = reply.spans[0];
         if granted.length != flight.length {
             self.finish(flight, Status::REMOTE_BAD_LENGTH);
-            return;
+            return false;
         }
         let effects = self.effects(&flight.source, &flight.destination, Op::Read, false);
         let dice = flight.dice(self.seed(), Purpose::Pieces);
         let to = flight.spans.iter().copied().filter(|span| span.length > 0).collect();
-        let transfer = Transfer::fetch(peer, granted, to, flight, &effects, dice);
+        let transfer =
+            Transfer::fetch(peer, granted, to, Fetched { flight, grant: reply.serial }, &effects, dice);
         self.transfers.push(transfer);
+        true
     }
 
     /// Ends an operation for its sender.

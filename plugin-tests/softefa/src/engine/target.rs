@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use super::source::{Flight, Purpose, packets};
 use super::state::{Event, State};
 use crate::abi::verbs::{IBV_ACCESS_REMOTE_READ, IBV_ACCESS_REMOTE_WRITE};
+use crate::bounce::{self, Refused};
 use crate::control::{Dice, Effects};
 use crate::copy;
 use crate::counters::add;
@@ -40,7 +41,15 @@ enum Errand {
         receive: Option<Receive>,
     },
     /// The data of an own read.
-    Fetched(Box<Flight>),
+    Fetched(Fetched),
+}
+
+/// An own read whose data comes.
+pub struct Fetched {
+    /// The read.
+    pub flight: Box<Flight>,
+    /// The peer's copy that it comes from, 0 for none.
+    pub grant: u64,
 }
 
 /// Data on its way into this process, piece by piece.
@@ -88,17 +97,17 @@ impl Transfer {
         peer: ProcessId,
         from: Span,
         to: Vec<Span>,
-        flight: Box<Flight>,
+        fetched: Fetched,
         effects: &Effects,
         dice: Dice,
     ) -> Self {
-        Self::new(peer, vec![from], to, effects, dice, Errand::Fetched(flight))
+        Self::new(peer, vec![from], to, effects, dice, Errand::Fetched(fetched))
     }
 
     fn qp(&self) -> &Arc<QueuePair> {
         match &self.errand {
             Errand::Incoming { qp, .. } => qp,
-            Errand::Fetched(flight) => &flight.qp,
+            Errand::Fetched(fetched) => &fetched.flight.qp,
         }
     }
 
@@ -149,8 +158,15 @@ impl State {
                 match message.kind {
                     kind::REQUEST => self.arrive(peer, message),
                     kind::REPLY => {
-                        if let Some(flight) = self.links.get_mut(&peer).and_then(|link| link.land(&message)) {
-                            self.answered(flight, &message, peer);
+                        let flight = self.links.get_mut(&peer).and_then(|link| link.land(&message));
+                        let fetches = flight.is_some_and(|flight| self.answered(flight, &message, peer));
+                        if !fetches {
+                            self.fetched(peer, message.serial);
+                        }
+                    }
+                    kind::FETCHED => {
+                        if let Some(link) = self.links.get_mut(&peer) {
+                            link.end_grant(message.serial);
                         }
                     }
                     _ => {}
@@ -261,14 +277,28 @@ impl State {
     ) -> Result<(), Status> {
         self.check_peer(message, qp, effects)?;
         let from = self.remote_span(message, qp, IBV_ACCESS_REMOTE_READ)?;
+        let mut reply = reply_to(message, Status::OK);
+        reply.spans[0] = from;
+        if bounce::is_needed(&[from]) {
+            let Some(link) = self.links.get_mut(&peer) else { return Ok(()) };
+            match link.grant(from) {
+                Ok((grant, copy)) => (reply.serial, reply.spans[0]) = (grant, copy),
+                Err(Refused::Full) => {
+                    self.arrivals.push_back(Arrival { peer, message: *message });
+                    return Ok(());
+                }
+                Err(Refused::Failed(error)) => {
+                    eprintln!("softefa: {:#x} of a GPU cannot be read: {error}", from.address);
+                    return Err(Status::REMOTE_BAD_ADDRESS);
+                }
+            }
+        }
         self.with_counters(qp, |counters| {
             add(&counters.rx_pkts, 1);
             add(&counters.tx_pkts, packets(from.length));
             add(&counters.tx_bytes, from.length);
             add(&counters.rdma_read_resp_bytes, from.length);
         });
-        let mut reply = reply_to(message, Status::OK);
-        reply.spans[0] = from;
         self.send_reply(peer, reply);
         Ok(())
     }
@@ -358,7 +388,7 @@ impl State {
                     receive.as_ref().map_or(Some(Vec::new()), |receive| self.receive_spans(qp, receive));
                 spans.map(|_| ()).ok_or(Stop::Refused(Status::REMOTE_BAD_LENGTH))
             }
-            Errand::Fetched(flight) => {
+            Errand::Fetched(Fetched { flight, .. }) => {
                 let device = self.devices.get(&flight.qp.attributes.device).ok_or(Stop::Abandoned)?;
                 let sges = &flight.request.sges[..flight.request.sge_count];
                 let pd = flight.qp.attributes.pd;
@@ -374,7 +404,8 @@ impl State {
     /// All pieces are here.
     fn landed(&mut self, transfer: Transfer) {
         match transfer.errand {
-            Errand::Fetched(flight) => {
+            Errand::Fetched(Fetched { flight, grant }) => {
+                self.fetched(transfer.peer, grant);
                 self.with_counters(&flight.qp, |counters| {
                     add(&counters.rx_pkts, packets(flight.length));
                     add(&counters.rx_bytes, flight.length);
@@ -413,8 +444,12 @@ impl State {
 
     fn broken(&mut self, transfer: Transfer, stop: &Stop) {
         match (transfer.errand, stop) {
-            (Errand::Fetched(flight), Stop::Refused(status)) => self.finish(flight, *status),
-            (Errand::Fetched(_), Stop::Abandoned) => {}
+            (Errand::Fetched(Fetched { flight, grant }), stop) => {
+                self.fetched(transfer.peer, grant);
+                if let Stop::Refused(status) = stop {
+                    self.finish(flight, *status);
+                }
+            }
             (Errand::Incoming { message, qp, receive, .. }, Stop::Refused(status)) => {
                 Self::broken_receive(&qp, receive);
                 self.refuse(transfer.peer, &message, *status);
@@ -470,6 +505,13 @@ impl State {
         }
     }
 
+    /// The peer may forget the copy that it kept for a read.
+    fn fetched(&mut self, peer: ProcessId, grant: u64) {
+        if let Some(link) = self.links.get_mut(&peer) {
+            link.fetched(grant);
+        }
+    }
+
     fn with_counters(&self, qp: &QueuePair, work: impl FnOnce(&crate::counters::Counters)) {
         if let Some(device) = self.devices.get(&qp.attributes.device) {
             work(&device.table.counters);
@@ -478,13 +520,15 @@ impl State {
 
     /// Sends what waited for room, and rings bells.
     pub(super) fn flush(&mut self) {
-        for link in self.links.values_mut() {
+        let peers: Vec<_> = self.links.keys().copied().collect();
+        for peer in peers {
+            let Some(link) = self.links.get_mut(&peer) else { continue };
             for flight in std::mem::take(&mut link.stalled) {
-                if let Err(flight) = link.launch(flight) {
-                    link.stalled.push_back(flight);
-                }
+                self.launch(peer, flight);
             }
-            link.flush();
+            if let Some(link) = self.links.get_mut(&peer) {
+                link.flush();
+            }
         }
     }
 
@@ -495,8 +539,11 @@ impl State {
             .partition::<Vec<_>, _>(|transfer| Arc::ptr_eq(transfer.qp(), qp));
         self.transfers = kept;
         for transfer in dropped {
-            if let Errand::Incoming { message, .. } = transfer.errand {
-                self.refuse(transfer.peer, &message, Status::REMOTE_BAD_QPN);
+            match transfer.errand {
+                Errand::Incoming { message, .. } => {
+                    self.refuse(transfer.peer, &message, Status::REMOTE_BAD_QPN);
+                }
+                Errand::Fetched(Fetched { grant, .. }) => self.fetched(transfer.peer, grant),
             }
         }
         self.flush();

@@ -6,8 +6,11 @@ use super::device::Context;
 use super::fail;
 use crate::abi::efadv::efadv_ah_attr;
 use crate::abi::verbs as v;
+use crate::cuda;
+use crate::dmabuf;
 use crate::engine::Engine;
 use crate::memory::Registration;
+use crate::shm::channel::{GPU, HOST};
 use crate::trace::{self, Event, Record};
 
 /// An address handle as callers see it.
@@ -68,37 +71,69 @@ pub unsafe extern "C" fn softefa_ibv_reg_mr_iova2(
     let Some(engine) = Engine::get() else { return fail(libc::ENODEV) };
     // SAFETY: the caller's object.
     let (context, pd_number) = unsafe { ((*pd).context, (*pd).handle) };
-    // SAFETY: the domain's context is the caller's object too.
+    let address = address as u64;
+    let memory = if cuda::is_device(address) { GPU } else { HOST };
+    if memory == GPU && !engine.config.gpu.pointer {
+        // Without nvidia_peermem the kernel looks for pages of the process there, and finds none.
+        return fail(libc::EFAULT);
+    }
+    let registration = Registration { pd: pd_number, address, iova, length: length as u64, access, memory };
+    register(engine, pd, context, registration, address)
+}
+
+/// The memory is what CUDA has at `iova`: an address says more than the descriptor of a dmabuf, whose pages only a
+/// device could reach. So an `iova` other than the memory's own address, which verbs would allow, is refused.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn softefa_ibv_reg_dmabuf_mr(
+    pd: *mut v::ibv_pd,
+    offset: u64,
+    length: size_t,
+    iova: u64,
+    fd: c_int,
+    access: c_int,
+) -> *mut v::ibv_mr {
+    let Some(engine) = Engine::get() else { return fail(libc::ENODEV) };
+    if !engine.config.gpu.dmabuf {
+        return fail(libc::EOPNOTSUPP);
+    }
+    if let Err(error) = dmabuf::check(fd, offset, length as u64, iova) {
+        return fail(error);
+    }
+    if !cuda::is_device(iova) {
+        eprintln!("softefa: a dmabuf is registered at {iova:#x}, where there is no GPU memory: refused");
+        return fail(libc::EINVAL);
+    }
+    // SAFETY: the caller's object.
+    let (context, pd_number) = unsafe { ((*pd).context, (*pd).handle) };
+    let (length, access) = (length as u64, access as u32);
+    let registration = Registration { pd: pd_number, address: iova, iova, length, access, memory: GPU };
+    register(engine, pd, context, registration, offset)
+}
+
+/// Enters a registration and makes the caller's object; `shown` is the address in it.
+fn register(
+    engine: &Engine,
+    pd: *mut v::ibv_pd,
+    context: *mut v::ibv_context,
+    registration: Registration,
+    shown: u64,
+) -> *mut v::ibv_mr {
+    // SAFETY: the context of the caller's domain.
     let index = unsafe { Context::of(context) }.index;
-    let registration =
-        Registration { pd: pd_number, address: address as u64, iova, length: length as u64, access };
     let key = engine.lock().device(index).and_then(|device| device.registrations.insert(registration));
     let Some(key) = key else { return fail(libc::ENOMEM) };
-    let record =
-        Record { device: index as u16, id: iova, length: length as u64, extra: key, ..Record::default() };
+    let Registration { iova, length, .. } = registration;
+    let record = Record { device: index as u16, id: iova, length, extra: key, ..Record::default() };
     trace::note(Event::Register, record);
     Box::into_raw(Box::new(v::ibv_mr {
         context,
         pd,
-        addr: address,
-        length,
+        addr: shown as *mut c_void,
+        length: length as size_t,
         handle: key,
         lkey: key,
         rkey: key,
     }))
-}
-
-/// Not offered: there is no memory of another kind yet.
-#[unsafe(no_mangle)]
-pub extern "C" fn softefa_ibv_reg_dmabuf_mr(
-    _pd: *mut v::ibv_pd,
-    _offset: u64,
-    _length: size_t,
-    _iova: u64,
-    _fd: c_int,
-    _access: c_int,
-) -> *mut v::ibv_mr {
-    fail(libc::EOPNOTSUPP)
 }
 
 /// When this returns no byte is written to the memory any more: pieces move under the engine's lock, and each looks

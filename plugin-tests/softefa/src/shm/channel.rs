@@ -28,7 +28,14 @@ pub struct Span {
     pub address: u64,
     /// Bytes.
     pub length: u64,
+    /// [`HOST`] or [`GPU`]. What a message names is the host's: only its owner can copy a GPU's.
+    pub memory: u64,
 }
+
+/// Memory that the owner's processor can read, and so can other processes.
+pub const HOST: u64 = 0;
+/// Memory of a GPU, which only CUDA can copy, in the process that owns it.
+pub const GPU: u64 = 1;
 
 /// What a message is.
 pub mod kind {
@@ -36,6 +43,8 @@ pub mod kind {
     pub const REQUEST: u8 = 1;
     /// The end of an operation, or, for a read, leave to fetch.
     pub const REPLY: u8 = 2;
+    /// A read that was granted from a bounce buffer (`serial` of the reply) has been fetched, or will never be.
+    pub const FETCHED: u8 = 3;
 }
 
 /// One message. Plain data: what a peer wrote is checked where it is used.
@@ -66,7 +75,8 @@ pub struct Message {
     pub rkey: u32,
     /// Remote address of an RDMA operation.
     pub remote_address: u64,
-    /// Number of this operation on its queue pair: chance is drawn from it.
+    /// Number of this operation on its queue pair: chance is drawn from it. In the reply to a read: the bounce buffer
+    /// that it is granted from, 0 for none.
     pub serial: u64,
     /// GID of the sender's device.
     pub source_gid: [u8; 16],

@@ -1,5 +1,8 @@
 //! A network of software hosts for one test, and the processes on them.
 
+#![allow(dead_code, reason = "each test crate uses a part")]
+
+pub mod gpu;
 pub mod peer;
 
 use std::io::{BufRead, BufReader, Write};

@@ -14,6 +14,9 @@
 //! recv BUFFER OFFSET LENGTH     -> ok
 //! wait SENT ARRIVED MS          -> ok SENT ARRIVED what has completed since the last wait, each as
 //!                                  `t:PROVIDER-ERROR` or `r:IMM:LENGTH:PROVIDER-ERROR`
+//! gpu LENGTH                    -> ok KEY BASE              the only GPU memory; `gpu` is its name as a BUFFER of write and read
+//! gpu-fill SEED                 -> ok
+//! gpu-check SEED                -> ok | differs at N
 //! sleep MS                      -> ok | slept   blocks on the queue's descriptor until something arrives
 //! ```
 
@@ -23,9 +26,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nixl_libfabric::fabric::{
-    Completion, Domain, Endpoint, EndpointOptions, Fabric, FabricError, FiAddr, Libfabric, Posted, Query,
-    Recv, RegisteredBuffer, Rma, RmaFlags, Send,
+    Completion, Domain, Endpoint, EndpointOptions, Fabric, FabricError, FiAddr, Hmem, Libfabric, MemoryRange,
+    MemoryRegion, Posted, Query, Recv, RegisteredBuffer, Rma, RmaFlags, Send,
 };
+
+use super::gpu::{Gpu, Kind};
 
 /// Operations in flight at a time.
 const CONTEXTS: u32 = 4096;
@@ -35,6 +40,8 @@ const POST_MAX: Duration = Duration::from_secs(20);
 struct Side {
     endpoint: Endpoint,
     buffers: Vec<RegisteredBuffer>,
+    /// With its address and length.
+    gpu: Option<(MemoryRegion, u64, usize)>,
     domain: Arc<Domain>,
     peers: Vec<FiAddr>,
     done: Vec<Completion>,
@@ -87,7 +94,7 @@ fn open(device: &str, fabric: &str) -> Result<(Side, String), String> {
         hex
     });
     let (buffers, peers, done) = (Vec::new(), Vec::new(), Vec::new());
-    Ok((Side { endpoint, buffers, domain, peers, done, next_context: 0 }, name))
+    Ok((Side { endpoint, buffers, gpu: None, domain, peers, done, next_context: 0 }, name))
 }
 
 /// The byte that a buffer filled with `seed` has at `index`.
@@ -164,6 +171,28 @@ impl Side {
             ["wait", sent, arrived, limit] => {
                 self.wait(number(sent)? as usize, number(arrived)? as usize, number(limit)?)
             }
+            ["gpu", length] => {
+                let length = number(length)? as usize;
+                let address = Gpu::get().memory(Kind::Device, &[length]);
+                // SAFETY: the stand-in's memory stays to the end of the process.
+                let range = unsafe { MemoryRange::assume_registered(address, length as u64) };
+                let region = self.domain.register(range, Hmem::System, None, 1 << 17).map_err(text)?;
+                let answer = format!("{} {}", region.key(), region.remote_base());
+                self.gpu = Some((region, address, length));
+                Ok(answer)
+            }
+            ["gpu-fill", seed] => {
+                let (seed, (_, address, length)) = (number(seed)?, self.gpu.as_ref().ok_or("no gpu")?);
+                let data: Vec<u8> = (0..*length).map(|index| byte(seed, index)).collect();
+                Gpu::get().write(*address, &data);
+                Ok(String::new())
+            }
+            ["gpu-check", seed] => {
+                let (seed, (_, address, length)) = (number(seed)?, self.gpu.as_ref().ok_or("no gpu")?);
+                let data = Gpu::get().read(*address, *length);
+                let differs = (0..*length).find(|index| data[*index] != byte(seed, *index));
+                Ok(differs.map_or_else(String::new, |index| format!("differs at {index}")))
+            }
             ["sleep", limit] => self.sleep(number(limit)?),
             _ => Err(format!("cannot {words:?}")),
         }
@@ -172,15 +201,21 @@ impl Side {
     fn rma(&mut self, write: bool, words: [&str; 6], imm: Option<u32>) -> Answer {
         let mut numbers = [0; 6];
         for (number_of, word) in numbers.iter_mut().zip(words) {
-            *number_of = number(word)?;
+            *number_of = if word == "gpu" { 0 } else { number(word)? };
         }
         let [peer, buffer, offset, len, remote_key, remote_addr] = numbers;
-        let dest = self.peers[peer as usize];
+        let (dest, is_gpu) = (self.peers[peer as usize], words[1] == "gpu");
         self.post(|side, context| {
-            let buffer = &side.buffers[buffer as usize];
+            let (local, local_addr) = match &side.gpu {
+                Some((region, address, _)) if is_gpu => (region, address + offset),
+                _ => {
+                    let buffer = &side.buffers[buffer as usize];
+                    (buffer.region(), buffer.addr_of(offset as usize))
+                }
+            };
             let rma = Rma {
-                local: buffer.region(),
-                local_addr: buffer.addr_of(offset as usize),
+                local,
+                local_addr,
                 len: len as usize,
                 remote_addr,
                 remote_key,
