@@ -206,6 +206,27 @@ class Block:
         self._free = None
 
 
+class _IpcHandle(ctypes.Structure):
+    _fields_ = [("bytes", c_ubyte * 64)]
+
+
+def export(address):
+    """What another process opens this allocation with."""
+    handle = _IpcHandle()
+    runtime("cudaIpcGetMemHandle", byref(handle), c_void_p(address))
+    return bytes(handle)
+
+
+class Imported(Block):
+    """Memory that another process has exported."""
+
+    def __init__(self, handle, size):
+        self.kind, self.size, self.device, self.segment = "imported", size, current_device(), "VRAM"
+        pointer = c_void_p()
+        runtime("cudaIpcOpenMemHandle", byref(pointer), _IpcHandle.from_buffer_copy(handle), c_uint(1))
+        self.address, self._free = pointer.value, lambda: runtime("cudaIpcCloseMemHandle", pointer)
+
+
 def pattern(seed, size):
     places = np.arange(-(-size // 4), dtype=np.uint32)
     places = (places + np.uint32(seed * 7919 + 1)) * np.uint32(2654435761)

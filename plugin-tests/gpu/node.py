@@ -42,6 +42,15 @@ class Node:
         self.blocks[block.address] = block
         return block.address
 
+    def export(self, address):
+        return cuda.export(address)
+
+    def take_in(self, handle, size):
+        """Memory that another process has exported."""
+        block = cuda.Imported(handle, size)
+        self.blocks[block.address] = block
+        return block.address
+
     def register(self, address, size, device=0, segment=None):
         segment = segment or self.blocks[address].segment
         descriptors = self.agent.get_reg_descs([(address, size, device, "")], segment)

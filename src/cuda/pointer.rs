@@ -17,7 +17,8 @@ pub enum Kind {
     /// `cuMemAlloc`, `cudaMalloc`.
     Device,
     /// Like [`Kind::Device`], but CUDA will not export it by its older IPC calls: memory that another process exported
-    /// to this one. A hint alone (a platform without IPC shows the same); it is treated as device memory.
+    /// to this one. A hint alone (a platform without IPC shows the same); it is treated as device memory. Driver 580 shows
+    /// such memory as [`Kind::Vmm`] that was not made for GPU Direct RDMA, and exports no dmabuf of it.
     Imported,
     /// From a memory pool: `cuMemAllocAsync`, `cudaMallocAsync`. Has no context.
     Async,

@@ -171,7 +171,10 @@ impl Vram {
         }
         self.register_either_way(rails, near, &memory, exported).map_err(|e| {
             if self.by_nic && !allocation.gdr_supported {
-                return e.context("this memory is not made for access by NICs (GPU Direct RDMA)");
+                return e.context(
+                    "this memory is not made for access by NICs (GPU Direct RDMA), or another process exported it and must \
+                     register it",
+                );
             }
             e
         })
