@@ -33,6 +33,10 @@ def copy_tree():
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists() or target.read_bytes() != source.read_bytes():
             shutil.copyfile(source, target)
+    # What an earlier copy had, and the tree no longer has.
+    for path in TREE.rglob("*"):
+        if path.is_file() and str(path.relative_to(TREE)) not in names:
+            path.unlink()
 
 
 def cargo(*arguments):
