@@ -158,13 +158,14 @@ def test_unreachable_names_the_remedy(bed, efa, progress):
 @pytest.mark.ours
 def test_transfer_timeout_ends_what_the_network_swallowed(bed, efa, progress):
     """Between two that know each other packets vanish for ever: transfer_timeout_ms is how long one waits for them."""
-    first, second = bed.pair(progress_thread=progress, transfer_timeout_ms=1500)
+    # Long enough for a slow machine to move the first transfer.
+    first, second = bed.pair(progress_thread=progress, transfer_timeout_ms=6000)
     write_all(first, second, MIB, 1)
     source, target = first.buffer(MIB, seed=2), second.buffer(MIB)
     first.knows(second)
     efa.control("src=h0 drop_pct=100 unreachable_ms=never")
     with pytest.raises(Refused):
-        first.transfer("WRITE", [source[:]], [target[:]], second, deadline=15)
+        first.transfer("WRITE", [source[:]], [target[:]], second, deadline=30)
     assert "transfer_timeout_ms" in first.log_text()
 
 
