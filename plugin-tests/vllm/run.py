@@ -8,7 +8,6 @@ answers 16 token ids at temperature 0.
 """
 
 import argparse
-import math
 import random
 import shutil
 import sys
@@ -21,16 +20,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import model  # noqa: E402
 import setup  # noqa: E402
-from engines import BLOCK_BYTES, BLOCK_TOKENS, Engine, kv_config  # noqa: E402
+from engines import BLOCK_BYTES, Engine, kv_config  # noqa: E402
+from prompts import LENGTHS, blocks, random_prompt  # noqa: E402
 from servers import Server  # noqa: E402
 
 from bed.networks import OneHost  # noqa: E402
 from bed.places import TARGET  # noqa: E402
 from bed.softefa import SoftEfa  # noqa: E402
 
-LENGTHS = (5, 31, 32, 33, 100, 257, 700)
 CROSSED = 100
 CONCURRENT = 16
 TIMED = 20
@@ -44,15 +42,6 @@ HIT_DEADLINE_S = 120
 BLOCKS_RETURN_S = 10
 PREFILL_PORT, DECODE_PORT = 5600, 5601
 LOGS = TARGET / "vllm"
-
-
-def random_prompt(length, label):
-    dice = random.Random(f"{label} {length}")
-    return [dice.randrange(2, model.VOCABULARY) for _ in range(length)]
-
-
-def blocks(*prompts):
-    return sum(math.ceil(len(prompt) / BLOCK_TOKENS) for prompt in prompts)
 
 
 class Table:
@@ -91,6 +80,10 @@ class Case:
         self.network = self.keep(OneHost())
         self.hosts = [[], []]
 
+    def part(self, name, stack):
+        """A case within this one, with engines of its own until `stack` ends."""
+        return Case(f"{self.name}/{name}", self.table, self.reference, stack)
+
     def keep(self, thing):
         self.stack.callback(thing.close)
         return thing
@@ -101,6 +94,9 @@ class Case:
     def note(self, name, detail):
         self.table.add(self.name, name, "-", detail)
 
+    def say(self, text):
+        say(f"{self.name}: {text}")
+
     def on_efa(self, devices, fault):
         efa = self.keep(SoftEfa(devices))
         efa.control(fault)
@@ -108,6 +104,7 @@ class Case:
 
     def engine(self, name, kv, plugin="ours"):
         decode = name.startswith("decode")
+        self.reference.start()
         return self.keep(Engine(
             name, self.folder, kv, plugin, DECODE_PORT if decode else PREFILL_PORT,
             enter=[*self.network.space(0).enter(), *self.hosts[decode]],
@@ -124,13 +121,17 @@ class Case:
 
 
 class Reference:
-    """The answers of an engine that knows nothing of transfers; it starts with the first case and serves all."""
+    """The answers of an engine that knows nothing of transfers; it starts beside the first engines and serves all cases."""
 
     def __init__(self, folder):
         folder.mkdir(parents=True, exist_ok=True)
-        self.engine, self.known, self.is_ready = Engine("reference", folder), {}, False
+        self.folder, self.engine, self.known, self.is_ready = folder, None, {}, False
+
+    def start(self):
+        self.engine = self.engine or Engine("reference", self.folder)
 
     def __call__(self, prompt):
+        self.start()
         if not self.is_ready:
             self.engine.ready()
             self.is_ready = True
@@ -140,7 +141,8 @@ class Reference:
         return self.known[key]
 
     def close(self):
-        self.engine.close()
+        if self.engine:
+            self.engine.close()
 
 
 # Proofs that several cases share
@@ -323,6 +325,7 @@ def answer_others(case, decode):
 def servers(case):
     """Two API servers, each with its engine in another process, and a router between them that is this program."""
     say(f"{case.name}: starting two API servers")
+    case.reference.start()
 
     def start(name, role, port):
         return case.keep(Server(name, case.folder, kv_config("NixlConnector", role, "LIBFABRIC"), port, case.network.space(0).enter()))
@@ -380,7 +383,7 @@ def times(case):
     for plugin in ("ours", "stock", "ucx"):
         try:
             with ExitStack() as stack:
-                one = Case(f"{case.name}/{plugin}", case.table, case.reference, stack)
+                one = case.part(plugin, stack)
                 prefill, decode = one.pair(plugin=plugin, backend="UCX" if plugin == "ucx" else "LIBFABRIC")
                 right = sum(decode.generate(prompt, kv=prefill.prefill(prompt))["tokens"] == one.expected(prompt) for prompt in prompts)
                 count, total, mean = transfers(decode.metrics())
