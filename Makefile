@@ -68,7 +68,7 @@ e2e-efa-all: setup plugin softefa ## all of them: 4 and 32 devices, both fabrics
 soak: setup plugin softefa ## random work on software EFA devices until it is stopped: ARGS="--seed 7 --rounds 1 --minutes 60"
 	$(PYTHON) plugin-tests/soak.py $(ARGS)
 
-test-vllm: setup plugin softefa ## vLLM on CPUs, prefill and decode in two engines: 6.5 GB outside the build tree; ARGS="pull kill"
+test-vllm: setup plugin softefa ## vLLM on CPUs, prefill and decode in two engines: 6.5 GB outside the build tree; ARGS="pull kill unit"
 	python3 plugin-tests/vllm/setup.py
 	$(PYTHON) plugin-tests/vllm/run.py $(ARGS)
 

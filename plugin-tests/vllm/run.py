@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import setup  # noqa: E402
+import upstream  # noqa: E402
 from engines import BLOCK_BYTES, Engine, kv_config  # noqa: E402
 from prompts import LENGTHS, blocks, random_prompt  # noqa: E402
 from servers import Server  # noqa: E402
@@ -410,6 +411,8 @@ CASES = {
     "kill-idle-efa": partial(kill_idle, efa=REORDERED),
     "servers": servers,
     "ucx-kept": ucx_kept,
+    "unit": upstream.unit,
+    "edge": upstream.edge,
     "times": times,
 }
 

@@ -31,9 +31,9 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self.path)
 
 
-def arguments():
+def arguments(options):
     """The engines' options as command line options."""
-    for name, value in OPTIONS.items():
+    for name, value in options.items():
         flag = "--" + name.replace("_", "-")
         if value is False and name.startswith(("enable_", "disable_")):
             if name.startswith("enable_"):
@@ -45,14 +45,14 @@ def arguments():
 
 
 class Server:
-    def __init__(self, name, folder, kv, side_port, enter=()):
+    def __init__(self, name, folder, kv, side_port, enter=(), plugin="ours", options=OPTIONS):
         self.name, self.log = name, folder / f"{name}.log"
         self.place = tempfile.TemporaryDirectory(prefix="vllm-")  # a socket's path is limited to 107 bytes
         self.socket = f"{self.place.name}/http"
-        settings = environment("ours", side_port) | {"VLLM_HOST_IP": "127.0.0.1"}
+        settings = environment(plugin, side_port) | {"VLLM_HOST_IP": "127.0.0.1"}
         del settings["VLLM_ENABLE_V1_MULTIPROCESSING"]
         command = [
-            *enter, str(setup.PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--uds", self.socket, *arguments(),
+            *enter, str(setup.PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--uds", self.socket, *arguments(options),
             "--served-model-name", "tiny", "--kv-transfer-config", json.dumps(kv),
         ]
         with open(self.log, "wb") as output:

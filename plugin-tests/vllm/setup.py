@@ -6,6 +6,7 @@
     <folder>/nixl-stock     an older NIXL, whose own LIBFABRIC plugin runs on a libfabric that can be installed here
     <folder>/model          a small model with random weights
     <folder>/plugins        NIXL's plugins and ours, as `make install-plugins` lays them out
+    <folder>/upstream       vLLM's own tests, out of its source distribution: only the cases that run them fetch it (upstream.py)
 
 <folder> is $NIXL_LIBFABRIC_VLLM_DIR, or ~/.cache/nixl-libfabric/vllm. What is there already is left alone.
 """
@@ -102,9 +103,9 @@ def install_plugins():
     print(run("sh", ROOT / "plugin-tests" / "setup" / "install_plugins.sh", SITE, PLUGIN_TREE, cwd=ROOT).strip())
 
 
-def main():
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    for folder, pinned, install in items():
+def provide(wanted):
+    """Makes each item whose stamp does not say what it must."""
+    for folder, pinned, install in wanted:
         stamp = folder / ".installed"
         if stamp.is_file() and stamp.read_text() == pinned:
             continue
@@ -112,6 +113,11 @@ def main():
         shutil.rmtree(folder, ignore_errors=True)
         install(folder)
         stamp.write_text(pinned)
+
+
+def main():
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    provide(items())
     print(f"setup: vLLM for CPUs: all there ({FOLDER})", flush=True)
     install_plugins()
 
