@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import setup  # noqa: E402
+import starve  # noqa: E402
 import upstream  # noqa: E402
 from engines import BLOCK_BYTES, Engine, kv_config  # noqa: E402
 from prompts import LENGTHS, blocks, random_prompt  # noqa: E402
@@ -414,6 +415,7 @@ CASES = {
     "unit": upstream.unit,
     "edge": upstream.edge,
     "times": times,
+    "starve": starve.starve,
 }
 
 

@@ -147,7 +147,7 @@ def compare(case, agents):
     return ours
 
 
-def shorten(names, most=12):
+def shorten(names, most=4):
     """Of names of tests in one file."""
     return ", ".join(name.partition("::")[2] for name in names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
