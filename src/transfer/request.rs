@@ -169,10 +169,10 @@ impl Transfer {
         if self.parts.fetch_sub(1, Ordering::AcqRel) > 1 {
             return;
         }
-        // Errors are recorded under this lock: a notification leaves only if there was none.
+        // Errors are recorded under this lock: what is decided here is what the host is told.
         let mut post = self.lock();
-        let failed = self.state.has_failed();
-        if !failed {
+        let failure = self.state.failure();
+        if failure.is_none() {
             if let Some(message) = post.notification.take() {
                 drop(post);
                 self.parts.store(1, Ordering::Relaxed);
@@ -186,13 +186,13 @@ impl Transfer {
         }
         let announced = post.announced;
         drop(post);
-        if let (true, Some(announced)) = (failed, announced) {
+        if let (Some(_), Some(announced)) = (&failure, announced) {
             self.peer.report_failed_transfer(announced);
         }
         for registration in &self.registrations {
             registration.end_use();
         }
-        self.state.end(None);
+        self.state.end(failure);
     }
 
     /// What checkXfer answers. A failed post is reported when nothing of it is in flight any more, or when

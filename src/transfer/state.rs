@@ -61,22 +61,24 @@ impl PostState {
         is_first
     }
 
-    /// Whether the post has an error.
-    pub fn has_failed(&self) -> bool {
-        self.lock().is_some()
+    /// The error of the post, if it has one.
+    pub fn failure(&self) -> Option<Error> {
+        self.lock().clone()
     }
 
-    /// The post is over, with this error or that of [`fail`](Self::fail) or well: nothing of it is in flight.
+    /// The post is over, by this error or well: nothing of it is in flight. One that is said to be well stays so,
+    /// whatever error comes after.
     pub fn end(&self, error: Option<Error>) {
+        let state = if error.is_some() { FAILED } else { DONE };
         if let Some(error) = error {
             self.fail(error);
         }
-        self.state.store(if self.has_failed() { FAILED } else { DONE }, Ordering::Release);
+        self.state.store(state, Ordering::Release);
     }
 
-    /// The post's error.
+    /// The error of a post that has failed.
     pub fn error(&self) -> Error {
-        self.lock().clone().unwrap_or_else(|| Error::backend("the transfer failed"))
+        self.failure().unwrap_or_else(|| Error::backend("the transfer failed"))
     }
 
     /// What checkXfer answers.
