@@ -206,21 +206,14 @@ def efa_none(params, launcher):
     words.append(refused("VRAM", refuser.register, address, MIB))
     refuser.free(address)
     expect("vram_staging" in log_of_run(), "the log does not say what to do")
-    a, far = Node("here", params), Remote("there", params, 0, launcher)
-    pinned = [node.allocate("pinned", 8 * MIB) for node in (a, far)]
-    for node, where in zip((a, far), pinned):
-        node.register(where, 8 * MIB)
-    meet(a, far)
-    for seed, operation in enumerate(("WRITE", "READ")):
-        carry(a, far, operation, *pinned, 8 * MIB, (0, 0), ("DRAM", "DRAM"), seed)
-    far.close()
     staged = {**params, "vram_staging": "true"}
-    a, far = Node("staged here", staged), Remote("staged there", staged, 0, launcher)
-    places = [node.allocate("cudaMalloc", 8 * MIB) for node in (a, far)]
-    for node, where in zip((a, far), places):
-        node.register(where, 8 * MIB)
-    meet(a, far)
-    for seed, operation in enumerate(("WRITE", "READ")):
-        carry(a, far, operation, *places, 8 * MIB, (0, 0), ("VRAM", "VRAM"), seed)
-    far.close()
+    for name, options, kind, segment in (("", params, "pinned", "DRAM"), ("staged ", staged, "cudaMalloc", "VRAM")):
+        a, far = Node(name + "here", options), Remote(name + "there", options, 0, launcher)
+        places = [node.allocate(kind, 8 * MIB) for node in (a, far)]
+        for node, where in zip((a, far), places):
+            node.register(where, 8 * MIB)
+        meet(a, far)
+        for seed, operation in enumerate(("WRITE", "READ")):
+            carry(a, far, operation, *places, 8 * MIB, (0, 0), (segment, segment), seed)
+        far.close()
     return "; ".join(words) + "; staged: written and read"
