@@ -115,6 +115,10 @@ pub struct Desc {
     pub dev_id: u64,
 }
 
+/// Tells one connection with an agent from all others of an engine, earlier ones with the same agent too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct PeerId(pub u64);
+
 /// Index of a rail in its engine. It travels inside operations; it is never a position in some other list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RailId(pub u16);

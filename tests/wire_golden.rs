@@ -141,7 +141,7 @@ fn a_notification_comes_out_after_the_writes_that_were_captured() {
             assert_eq!(id, number, "{file}");
             // Only its upper four bits, a sequence that no receiver reads, may differ.
             assert_eq!(u64::from(decoded.encode()), immediate.unwrap() & 0x0fff_ffff, "{file}");
-            let out = receiver.on_stock_immediate(id).unwrap();
+            let out = receiver.on_stock_writes(id, 1).unwrap();
             assert_eq!(out, (at == 2).then(|| message.clone()), "{file}: write {at}");
         }
     }

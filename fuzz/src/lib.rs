@@ -66,10 +66,9 @@ pub fn receiver(data: &[u8]) {
     let mut receiver = Receiver::new("peer".into(), LIMITS);
     let mut input = Input(data);
     while let Some(kind) = input.byte() {
-        let out = match kind % 5 {
-            0 => receiver.on_stock_immediate(input.number()).unwrap_or(None),
-            1 => receiver.on_transfer_immediate(input.number() % (1 << 14)),
-            2 => {
+        let out = match kind % 3 {
+            0 => receiver.on_stock_writes(input.number(), input.number().into()).unwrap_or(None),
+            1 => {
                 let mut bytes = [input.number(), input.small(), input.small()].map(u16::to_le_bytes).concat();
                 let first = bytes[2..4] == [0, 0];
                 let (total, expected, name) = (input.number(), input.small(), input.small() % 8);
@@ -84,12 +83,9 @@ pub fn receiver(data: &[u8]) {
                 let fragment = StockFragment::decode(&bytes);
                 fragment.and_then(|fragment| receiver.on_stock_fragment(&fragment)).unwrap_or(None)
             }
-            3 => {
-                let (message, id) = (input.small() & 1 == 0, input.small().into());
+            _ => {
                 let fragment = Fragment {
-                    message_id: if message { id } else { 0 },
-                    transfer_id: if message { 0 } else { id },
-                    expected_writes: input.small().into(),
+                    message_id: input.small().into(),
                     total_len: input.number().into(),
                     offset: input.number().into(),
                     payload: input.slice(),
@@ -100,14 +96,9 @@ pub fn receiver(data: &[u8]) {
                 // Only what the decoder lets pass reaches the receiver.
                 ControlMessage::decode(&bytes).and_then(|_| receiver.on_fragment(&fragment)).unwrap_or(None)
             }
-            _ => {
-                let _ = receiver.on_transfer_failed(input.number().into());
-                None
-            }
         };
         assert!(out.is_none_or(|message| message.len() as u64 <= LIMITS.notif_bytes_max));
         assert!(receiver.buffered_bytes() <= LIMITS.pending_bytes_max);
-        let _ = receiver.take_ack();
     }
 }
 

@@ -23,8 +23,6 @@ fn core_name(provider: &str) -> &str {
 pub(super) struct Found {
     pub devices: Vec<Device>,
     pub software: bool,
-    /// Writes can be made to complete only when their data is in the peer's memory.
-    pub delivery_complete: bool,
 }
 
 /// Memory kinds that an engine on this machine could register, for NIXL's plugin list. Nothing is loaded or initialised
@@ -35,7 +33,7 @@ pub fn available_mems() -> Vec<MemKind> {
 
 /// Finds the devices that the configuration and the environment let us use.
 pub(super) fn find(library: &Libfabric, config: &Config) -> Result<Found> {
-    let mut query = Query {
+    let query = Query {
         provider: Some(config.provider.clone()).filter(|name| !name.is_empty()),
         fabric: match config.fabric {
             Fabric::Any => None,
@@ -45,15 +43,11 @@ pub(super) fn find(library: &Libfabric, config: &Config) -> Result<Found> {
         delivery_complete: true,
         ..Query::default()
     };
-    let mut offered = library.discover(&query)?;
-    if offered.is_empty() {
-        query.delivery_complete = false;
-        offered = library.discover(&query)?;
-    }
+    let offered = library.discover(&query)?;
     let asked =
         query.provider.clone().or_else(|| std::env::var("FI_PROVIDER").ok().filter(|name| !name.is_empty()));
     let chosen = choose_provider(offered.iter().map(Device::provider), asked.is_some())
-        .ok_or_else(|| nothing_found(library, asked.as_deref()))?
+        .ok_or_else(|| nothing_found(library, &query, asked.as_deref()))?
         .to_owned();
     let software = is_software(&chosen);
     if software && config.require_rdma {
@@ -77,7 +71,7 @@ pub(super) fn find(library: &Libfabric, config: &Config) -> Result<Found> {
             core_name(&chosen)
         );
     }
-    Ok(Found { devices, software, delivery_complete: query.delivery_complete })
+    Ok(Found { devices, software })
 }
 
 /// The devices of the chosen provider that can register accelerator memory, if there is an accelerator and they can.
@@ -108,11 +102,19 @@ fn choose_provider<'a>(offered: impl Iterator<Item = &'a str>, asked: bool) -> O
         .min_by_key(|provider| rank(provider))
 }
 
-fn nothing_found(library: &Libfabric, asked: Option<&str>) -> Error {
+fn nothing_found(library: &Libfabric, query: &Query, asked: Option<&str>) -> Error {
     let wanted = asked.map_or_else(|| "no provider".to_owned(), |name| format!("no provider `{name}`"));
+    let unconfirmed = library.discover(&Query { delivery_complete: false, ..query.clone() });
+    let unconfirmed: Vec<_> =
+        unconfirmed.iter().flatten().map(Device::provider).filter(|_| asked.is_some()).collect();
+    if let Some(provider) = unconfirmed.first() {
+        return Error::not_supported(format!(
+            "provider {provider} cannot confirm that a write has arrived (FI_DELIVERY_COMPLETE), so a transfer could be said to              be done, and its notification come, before its last bytes: use another one (efa, tcp)"
+        ));
+    }
     Error::not_found(format!(
-        "{wanted} with reliable datagrams and RMA (FI_EP_RDM, FI_MSG, FI_RMA) was found by libfabric {} ({}); compare \
-         with `fi_info`, and look at the options provider and fabric and at FI_PROVIDER",
+        "{wanted} with reliable datagrams, RMA and confirmed writes (FI_EP_RDM, FI_MSG, FI_RMA, FI_DELIVERY_COMPLETE) was \
+         found by libfabric {} ({}); compare with `fi_info`, and look at the options provider and fabric and at FI_PROVIDER",
         library.version(),
         library.origin()
     ))

@@ -2,29 +2,30 @@
 #![forbid(unsafe_code)]
 
 mod discover;
+mod events;
 mod open;
 mod placement;
+mod remote;
 mod shared;
 mod staging;
 mod vram;
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 pub use self::discover::available_mems;
+use self::remote::{Preparation, Remote};
 use self::shared::Shared;
 use self::staging::StagedPiece;
 pub use self::staging::StagedTransfer;
 use crate::error::{Error, Result, Status};
-use crate::fabric::{Libfabric, MemoryRange, MemoryRegion};
+use crate::fabric::{Libfabric, MemoryRange};
 use crate::memory::{Memory, Registration, RemoteRegion};
 pub use crate::notify::Notification;
 use crate::progress::ProgressThreads;
-use crate::transfer::plan::{self, Lane, Piece};
-use crate::transfer::{LocalPiece, LocalTransfer, Transfer};
-use crate::types::{AgentName, Desc, MemKind, Op, RailId};
+use crate::transfer::{LocalPiece, LocalTransfer};
+use crate::types::{AgentName, Desc, MemKind, Op};
 use crate::wire::{ConnectionInfo, PublicMetadata};
 
 /// What NIXL passes when it creates a backend.
@@ -61,19 +62,20 @@ pub struct XferDesc<'a> {
 /// A transfer request: prepared once, posted any number of times.
 pub enum Request {
     /// With a remote agent.
-    Remote(Arc<Transfer>),
+    Remote(RemoteTransfer),
     /// With a remote agent, GPU memory by way of host memory.
     Staged(Arc<StagedTransfer>),
     /// Within this agent.
     Local(Arc<LocalTransfer>),
 }
 
+/// A request to a peer whose NICs reach the memory.
+pub struct RemoteTransfer(Arc<Remote>);
+
 /// The backend engine of one agent.
 pub struct Engine {
     shared: Arc<Shared>,
     progress: Option<ProgressThreads>,
-    /// Counts transfers and registrations, so that equal ones take turns on the rails.
-    turn: AtomicU64,
     registered: Mutex<HashMap<RangeKey, Weak<Registration>>>,
 }
 
@@ -94,7 +96,7 @@ impl Engine {
 
     fn open(init: InitParams, library: Option<Libfabric>) -> Result<Self> {
         let (shared, progress) = open::open(init, library)?;
-        Ok(Self { shared, progress, turn: AtomicU64::new(0), registered: Mutex::default() })
+        Ok(Self { shared, progress, registered: Mutex::default() })
     }
 
     /// Memory kinds that can be registered, at least one.
@@ -125,7 +127,7 @@ impl Engine {
         {
             return Ok(Arc::new(Metadata::Local(known)));
         }
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let turn = self.shared.turn() as u64;
         let registration = match kind {
             MemKind::Dram => {
                 let rails = self.shared.placement.rails_for_host(range, turn);
@@ -179,16 +181,20 @@ impl Engine {
             return Ok(());
         }
         self.peer(agent)?.connect()?;
-        self.shared.kick(RailId(0));
+        self.shared.kick();
         Ok(())
     }
 
     /// Removes a peer. What waits for it fails; what is in flight ends by itself.
     pub fn disconnect(&self, agent: &AgentName) -> Result<()> {
-        if self.is_self(agent) || self.shared.peers.remove(agent).is_some() {
+        if self.is_self(agent) {
             return Ok(());
         }
-        Err(Error::not_found(format!("there is no peer {agent} to disconnect")))
+        let released = self.shared.peers.remove(agent);
+        let released =
+            released.ok_or_else(|| Error::not_found(format!("there is no peer {agent} to disconnect")))?;
+        self.release(released);
+        Ok(())
     }
 
     /// What a peer needs to reach a registered region.
@@ -208,9 +214,10 @@ impl Engine {
         }
         let info = ConnectionInfo::decode(info)
             .map_err(|e| e.context(format_args!("connection info of {agent}")))?;
-        let peer = self.shared.peers.load(agent, info, true, &self.shared.local)?;
+        let (peer, released) = self.shared.peers.load(agent, info, true, &self.shared.local)?;
+        self.release(released);
         peer.connect()?;
-        self.shared.kick(RailId(0));
+        self.shared.kick();
         Ok(())
     }
 
@@ -225,7 +232,8 @@ impl Engine {
         let peer = self.peer(agent)?;
         let metadata = PublicMetadata::decode(public_data, peer.endpoint_count())
             .map_err(|e| e.context(format_args!("metadata of a region of {agent}")))?;
-        Ok(Arc::new(Metadata::Remote(RemoteRegion::new(desc, kind, peer, metadata))))
+        let (id, stages) = (peer.id(), peer.stages_vram());
+        Ok(Arc::new(Metadata::Remote(RemoteRegion::new(desc, kind, agent.clone(), id, stages, metadata))))
     }
 
     /// Metadata with which the agent can be its own target.
@@ -259,51 +267,15 @@ impl Engine {
             return self.prep_local(op, local.zip(remote));
         }
         let peer = self.peer(agent)?;
-        let mut regions = Regions::default();
-        let mut pieces = Vec::with_capacity(local.len());
-        let mut is_staged = false;
+        let mut preparation = Preparation::new(&self.shared, &peer, local.len());
         for (here, there) in local.clone().zip(remote.clone()) {
-            let (region, lanes, target) = regions.resolve(here.metadata, there.metadata)?;
-            if !Arc::ptr_eq(target.peer(), &peer) {
-                return Err(Error::disconnected(format!(
-                    "{target} belongs to an earlier connection with {agent}; load its metadata again"
-                )));
-            }
-            let (here, there) = (here.desc, there.desc);
-            if here.len != there.len {
-                return Err(Error::invalid(format!(
-                    "a local descriptor has {} bytes and its remote one {}",
-                    here.len, there.len
-                )));
-            }
-            regions.registrations[region as usize].check(&here)?;
-            target.check(&there)?;
-            is_staged |= regions.registrations[region as usize].is_staged() || target.is_staged();
-            let base = if self.shared.virtual_addresses { 0 } else { target.base() };
-            pieces.push(Piece {
-                local_addr: here.addr,
-                remote_addr: there.addr - base,
-                len: here.len,
-                region,
-                lanes,
-            });
+            preparation.add(&here, &there)?;
         }
-        if is_staged {
+        if preparation.is_staged {
             return prep_staged(op, peer, local.zip(remote));
         }
-        let pieces = plan::merge(pieces.into_iter());
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed) as usize;
-        let plan = plan::spread(&pieces, &regions.lanes, &self.shared.cutting(), turn)?;
-        let tables = plan.runs.iter().map(|run| regions.on_rail(run.rail)).collect::<Result<_>>()?;
-        Ok(Request::Remote(Transfer::new(
-            op,
-            peer,
-            plan.bytes,
-            plan.slices,
-            plan.runs,
-            regions.registrations,
-            tables,
-        )))
+        let transfer = preparation.finish(op)?;
+        Ok(Request::Remote(RemoteTransfer(Arc::new(Remote { transfer, peer }))))
     }
 
     fn prep_local<'a>(
@@ -351,30 +323,14 @@ impl Engine {
             Request::Staged(transfer) => {
                 transfer.begin(notification)?;
                 self.shared.staging.post(Arc::clone(transfer));
-                self.shared.kick(RailId(0));
+                self.shared.kick();
                 self.shared.drive_copies();
                 self.shared.wake();
                 transfer.status()
             }
-            Request::Remote(transfer) => {
-                let (counted, after) = match transfer.op() {
-                    Op::Write => (notification, None),
-                    Op::Read => (None, notification),
-                };
-                let is_counted = counted.is_some();
-                transfer.begin(after)?;
-                if let Err(e) = transfer.peer().start(transfer, counted) {
-                    transfer.fail(e.clone());
-                    transfer.part_finished();
-                    return Err(e);
-                }
-                for run in transfer.runs() {
-                    self.shared.kick(run.rail);
-                }
-                if is_counted {
-                    self.shared.kick(RailId(0));
-                }
-                self.status(transfer)
+            Request::Remote(RemoteTransfer(remote)) => {
+                remote.post(notification, &self.shared)?;
+                self.status(remote)
             }
         }
     }
@@ -397,24 +353,31 @@ impl Engine {
                 }
                 transfer.status()
             }
-            Request::Remote(transfer) => {
-                let status = self.status(transfer);
+            Request::Remote(RemoteTransfer(remote)) => {
+                let status = self.status(remote);
                 if status != Ok(Status::InProgress) {
                     return status;
                 }
-                self.shared.drive_some(transfer.runs().iter().map(|run| run.rail));
+                self.shared.drive_some(remote.transfer.rails());
                 if self.progress.is_none() {
                     self.shared.tick_if_due();
                 }
-                self.status(transfer)
+                self.status(remote)
             }
         }
     }
 
-    fn status(&self, transfer: &Transfer) -> Result<Status> {
-        let config = &self.shared.config;
-        let limit = Some(config.transfer_timeout).filter(|limit| !limit.is_zero());
-        transfer.status(config.drain_timeout, limit)
+    fn status(&self, remote: &Remote) -> Result<Status> {
+        let mut events = Vec::new();
+        let status = remote.status(&self.shared, &mut events);
+        self.shared.act(events);
+        status
+    }
+
+    fn release(&self, released: crate::peer::Released) {
+        let mut events = Vec::new();
+        self.shared.release(released, &mut events);
+        self.shared.act(events);
     }
 
     /// Lets go of a request. In flight, it ends by itself.
@@ -422,7 +385,11 @@ impl Engine {
         match request {
             Request::Local(transfer) => transfer.release(),
             Request::Staged(transfer) => transfer.release(),
-            Request::Remote(transfer) => transfer.release(),
+            Request::Remote(RemoteTransfer(remote)) => {
+                let mut events = Vec::new();
+                remote.transfer.release(&mut events);
+                self.shared.act(events);
+            }
         }
         Ok(())
     }
@@ -430,12 +397,11 @@ impl Engine {
     /// Takes everything that has arrived.
     pub fn take_notifications(&self) -> Result<Vec<Notification>> {
         let waiting = self.shared.inbox.take();
-        if self.progress.is_none() || waiting.is_empty() {
-            self.shared.drive_some(std::iter::empty());
-        }
         if self.progress.is_none() {
             self.shared.drive_all();
             self.shared.tick_if_due();
+        } else if waiting.is_empty() {
+            self.shared.drive_some(std::iter::empty());
         }
         if waiting.is_empty() { Ok(self.shared.inbox.take()) } else { Ok(waiting) }
     }
@@ -446,8 +412,9 @@ impl Engine {
             self.shared.inbox.push(agent.clone(), message.to_vec());
             return Ok(());
         }
-        self.peer(agent)?.notify(message.to_vec())?;
-        self.shared.kick(RailId(0));
+        let released = self.peer(agent)?.notify(message.to_vec())?;
+        self.release(released);
+        self.shared.kick();
         Ok(())
     }
 
@@ -469,8 +436,8 @@ impl Engine {
     /// Expected duration of a prepared request and its uncertainty, from transfers that were made.
     pub fn estimate_cost(&self, request: &Request) -> Result<(Duration, Duration)> {
         let (rates, bytes) = match request {
-            Request::Staged(transfer) => (&self.shared.local.rates, transfer.bytes()),
-            Request::Remote(transfer) => (&self.shared.local.rates, transfer.bytes()),
+            Request::Staged(transfer) => (&self.shared.remote_rates, transfer.bytes()),
+            Request::Remote(RemoteTransfer(remote)) => (&self.shared.remote_rates, remote.transfer.bytes()),
             Request::Local(transfer) => (&self.shared.local_rates, transfer.bytes()),
         };
         rates.estimate(bytes).ok_or_else(|| {
@@ -535,68 +502,5 @@ fn local(metadata: &Metadata) -> Result<&Arc<Registration>> {
     match metadata {
         Metadata::Local(registration) => Ok(registration),
         Metadata::Remote(region) => Err(Error::invalid(format!("{region} is not memory of this agent"))),
-    }
-}
-
-/// The regions of a transfer under preparation. Most transfers have a handful, so they are searched in order,
-/// last pair first.
-#[derive(Default)]
-struct Regions<'a> {
-    registrations: Vec<Arc<Registration>>,
-    lanes: Vec<Vec<Lane>>,
-    pairs: HashMap<PairKey, Resolved<'a>>,
-    last: Option<(PairKey, Resolved<'a>)>,
-}
-
-/// A pair of metadata handles, by address: they outlive the preparation.
-type PairKey = (usize, usize);
-/// Indices of the local region and of the pair's lanes, and the remote region.
-type Resolved<'a> = (u32, u32, &'a RemoteRegion);
-
-impl<'a> Regions<'a> {
-    /// Indices of the local region and of the lanes of the pair.
-    fn resolve(&mut self, here: &'a Arc<Metadata>, there: &'a Arc<Metadata>) -> Result<Resolved<'a>> {
-        let key = (Arc::as_ptr(here) as usize, Arc::as_ptr(there) as usize);
-        if let Some((_, found)) = self.last.filter(|(last, _)| *last == key) {
-            return Ok(found);
-        }
-        let found = match self.pairs.get(&key) {
-            Some(found) => *found,
-            None => self.add(key, here, there)?,
-        };
-        self.last = Some((key, found));
-        Ok(found)
-    }
-
-    fn add(
-        &mut self,
-        key: PairKey,
-        here: &'a Arc<Metadata>,
-        there: &'a Arc<Metadata>,
-    ) -> Result<Resolved<'a>> {
-        let registration = local(here)?;
-        let Metadata::Remote(remote) = there.as_ref() else {
-            return Err(Error::invalid("the remote side of a transfer with a peer is memory of this agent"));
-        };
-        let known = self.registrations.iter().position(|r| Arc::ptr_eq(r, registration));
-        let region = known.unwrap_or_else(|| {
-            self.registrations.push(Arc::clone(registration));
-            self.registrations.len() - 1
-        });
-        self.lanes.push(plan::pair_lanes(registration.rails(), remote.keys()));
-        let found = (region as u32, (self.lanes.len() - 1) as u32, remote);
-        self.pairs.insert(key, found);
-        Ok(found)
-    }
-
-    /// The local regions on one rail, by index. A rail that does not serve a region gets one that no slice of it
-    /// refers to.
-    fn on_rail(&self, rail: RailId) -> Result<Arc<[MemoryRegion]>> {
-        let regions: Vec<_> = self.registrations.iter().map(|r| r.region(rail)).collect();
-        let any = regions.iter().flatten().next().cloned();
-        let filled = regions.into_iter().map(|region| region.or_else(|| any.clone()));
-        filled
-            .collect::<Option<_>>()
-            .ok_or_else(|| Error::not_found("a local region of the transfer is being deregistered"))
     }
 }

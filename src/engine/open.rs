@@ -1,7 +1,7 @@
 //! From options to open rails.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -59,7 +59,6 @@ pub(super) fn open(
         connect_timeout: config.connect_timeout,
         notif_bytes_max: config.notif_bytes_max,
         pending_bytes_max: config.pending_bytes_max,
-        rates: Rates::default(),
         introduces: found.devices.iter().any(crate::fabric::efa::is_direct),
         rails,
     });
@@ -68,6 +67,8 @@ pub(super) fn open(
         inbox: Inbox::new(INBOX_BYTES_MAX),
         copies: LocalCopies::default(),
         local_rates: Rates::default(),
+        remote_rates: Rates::default(),
+        turns: AtomicUsize::new(first_turn(local.name.as_bytes())),
         placement,
         vram,
         staging: Staging::default(),
@@ -107,13 +108,6 @@ pub(super) fn open(
         shared.placement.origin,
         if progress.is_some() { "by threads" } else { "by the callers" },
     );
-    if !found.delivery_complete {
-        log::warn!(
-            "provider {} cannot confirm the arrival of writes (FI_DELIVERY_COMPLETE): a write may be reported done \
-             just before its last bytes are visible at the peer",
-            found.devices[0].provider()
-        );
-    }
     Ok((shared, progress))
 }
 
@@ -203,6 +197,15 @@ fn message_bytes_max(devices: &[Device]) -> u64 {
     // An operation longer than a gigabyte gains nothing, and some providers name sizes that they cannot keep.
     let least = least.min(1 << 30);
     if least > 4096 { least & !4095 } else { least.max(1) }
+}
+
+/// Where an agent begins to take turns on its rails, so that those of a host, or of a fleet, do not all begin with the same.
+fn first_turn(name: &[u8]) -> usize {
+    // FNV-1a: the same for a name on every run.
+    name.iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, &byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    }) as usize
+        % 1024
 }
 
 /// Microseconds since 1970: grows over restarts, and two runs of an agent never have the same.

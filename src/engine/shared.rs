@@ -1,23 +1,21 @@
-//! What calls and progress threads share: the rails' events, driving, deadlines, teardown.
+//! What calls and progress threads share: driving rails, deadlines, teardown. What driving brings is acted on in
+//! `events`.
 
-use std::sync::Arc;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use super::placement::Placement;
 use super::staging::Staging;
 use super::vram::Vram;
 use crate::config::Config;
-use crate::error::{Error, Result};
 use crate::notify::Inbox;
-use crate::peer::{Local, Peer, PeerTable};
+use crate::peer::{Local, PeerTable};
 use crate::progress::{Driver, Waker};
-use crate::rail::{Rail, RailEvents};
+use crate::rail::{Event, Rail};
 use crate::transfer::plan::Cutting;
 use crate::transfer::{LocalCopies, Rates};
-use crate::types::{AgentName, RailId};
-use crate::wire::{Body, ConnectionInfo, ControlMessage, Handshake, Immediate, StockFragment};
+use crate::types::RailId;
 
 /// The part of an engine that outlives a call.
 pub(super) struct Shared {
@@ -27,6 +25,9 @@ pub(super) struct Shared {
     pub inbox: Inbox,
     pub copies: LocalCopies,
     pub local_rates: Rates,
+    pub remote_rates: Rates,
+    /// Counts posts and registrations, so that equal ones take turns on the rails.
+    pub turns: AtomicUsize,
     pub placement: Placement,
     pub vram: Vram,
     pub staging: Staging,
@@ -43,44 +44,54 @@ pub(super) struct Shared {
     pub malformed: AtomicU64,
 }
 
-/// Malformed messages that are logged one by one; after that, each hundredth.
-const MALFORMED_LOGGED: u64 = 20;
 /// How often deadlines are looked at where no progress thread does.
 const TICK_US: u64 = 10_000;
 /// At teardown, how long nothing may happen before what is left is given up.
 const DRAIN_SILENCE: Duration = Duration::from_millis(200);
 
 impl Shared {
-    /// Drives one rail, for work that was just left there.
-    pub fn kick(&self, rail: RailId) {
-        let rail = &self.local.rails[rail.index()];
-        self.vram.within(|| {
-            rail.kick(self);
-            self.deliver_mail();
+    /// The next turn.
+    pub fn turn(&self) -> usize {
+        self.turns.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Drives the rail of control messages, where something was just left.
+    pub fn kick(&self) {
+        self.drive_after([RailId(0)].into_iter(), Vec::new());
+    }
+
+    /// Drives these rails once each, on which work was just left, and acts on what happened and on `events`.
+    pub fn drive_after(&self, rails: impl Iterator<Item = RailId>, mut events: Vec<Event>) {
+        let rails = rails.map(|rail| &self.local.rails[rail.index()]);
+        let backlog = self.vram.within(|| {
+            rails.fold(false, |backlog, rail| {
+                rail.drive(self.inbox.has_room(), &mut events);
+                backlog | !rail.is_idle()
+            })
         });
-        if rail.has_backlog() {
+        self.act(events);
+        if backlog {
             self.wake();
         }
     }
 
-    /// Drives these rails and the one for control messages.
+    /// Drives these rails, and the one for control messages, once each.
     pub fn drive_some(&self, rails: impl Iterator<Item = RailId>) -> usize {
-        self.vram.within(|| {
-            let control = self.local.rails[0].drive(self);
-            let others: usize = rails
-                .filter(|rail| rail.index() != 0)
-                .map(|rail| self.local.rails[rail.index()].drive(self))
-                .sum();
-            if control + others > 0 {
-                self.deliver_mail();
-            }
-            control + others
-        })
+        let others = rails.filter(|rail| rail.index() != 0).map(|rail| &self.local.rails[rail.index()]);
+        self.drive_rails(std::iter::once(&self.local.rails[0]).chain(others))
     }
 
     /// Drives everything once.
     pub fn drive_all(&self) -> usize {
         self.drive(&self.local.rails)
+    }
+
+    fn drive_rails<'a>(&self, rails: impl Iterator<Item = &'a Arc<Rail>>) -> usize {
+        let mut events = Vec::new();
+        let room = self.inbox.has_room();
+        let handled = self.vram.within(|| rails.map(|rail| rail.drive(room, &mut events)).sum());
+        self.act(events);
+        handled
     }
 
     /// How pieces are cut.
@@ -96,15 +107,6 @@ impl Shared {
     pub fn drive_copies(&self) -> usize {
         let copied = self.copies.drive(|message| self.inbox.push(self.local.name.clone(), message));
         copied + self.staging.drive(self)
-    }
-
-    /// Events of one rail can leave work on others: a handshake that lets transfers go, a notification after a READ.
-    fn deliver_mail(&self) {
-        while let Some(rail) = self.local.rails.iter().find(|rail| rail.has_mail()) {
-            if rail.drive(self) == 0 {
-                return;
-            }
-        }
     }
 
     /// Wakes the progress threads.
@@ -144,138 +146,25 @@ impl Shared {
 
     /// Closes peers and rails. Nothing drives a rail any more.
     pub fn close(&self) {
+        let mut events = Vec::new();
         for peer in self.peers.all() {
-            self.peers.remove(peer.name());
+            if let Some(released) = self.peers.remove(peer.name()) {
+                self.release(released, &mut events);
+            }
         }
         self.staging.clear();
         // The control rail last: transfers that end on the others leave messages there.
         for rail in self.local.rails.iter().rev() {
-            self.vram.within(|| rail.close());
+            self.vram.within(|| rail.close(&mut events));
+            self.act(std::mem::take(&mut events));
             log::debug!("rail {} ({}): {}", rail.id(), rail.device().domain_name(), rail.counters());
         }
-    }
-
-    fn on_control(&self, immediate: Option<u32>, body: &[u8]) -> Result<()> {
-        let immediate = immediate.ok_or_else(|| Error::invalid("a message without immediate data"))?;
-        match Immediate::decode(u64::from(immediate))? {
-            Immediate::StockHandshake { .. } => self.on_hello(&Handshake::decode(body)?),
-            Immediate::StockNotification { index, .. } => {
-                let fragment = StockFragment::decode(body)?;
-                let Some(peer) = self.peers.by_index(u16::from(index)) else { return Ok(()) };
-                let message = peer.receive(|receiver| receiver.on_stock_fragment(&fragment))?;
-                self.deliver(&peer, message);
-                Ok(())
-            }
-            Immediate::Control { peer } => {
-                let message = ControlMessage::decode(body)?;
-                let Some(peer) = self.peers.by_index(peer) else { return Ok(()) };
-                if !peer.is_current(message.session) {
-                    return Ok(());
-                }
-                match message.body {
-                    Body::Fragment(fragment) => {
-                        let message = peer.receive(|receiver| receiver.on_fragment(&fragment))?;
-                        self.deliver(&peer, message);
-                        Ok(())
-                    }
-                    Body::TransferFailed { transfer_id, .. } => {
-                        peer.receive(|receiver| receiver.on_transfer_failed(transfer_id))
-                    }
-                    Body::Ack { completed_below } => peer.on_ack(message.session, completed_below),
-                    Body::Goodbye => Ok(()),
-                    Body::Staging(message) => self.staging.on_message(peer, message),
-                }
-            }
-            other => Err(Error::invalid(format!("a message came with the immediate data of {other:?}"))),
-        }
-    }
-
-    fn on_hello(&self, hello: &Handshake) -> Result<()> {
-        let name = AgentName::from(hello.name.as_slice());
-        if name == self.local.name {
-            return Err(Error::invalid(format!(
-                "a handshake in our own name ({name}); agent names must differ"
-            )));
-        }
-        if let Some(conn) = &hello.conn {
-            let info = ConnectionInfo::decode(conn)?;
-            return self.peers.load(&name, info, false, &self.local)?.on_hello(hello);
-        }
-        if let Some(peer) = self.peers.get(&name) {
-            return peer.on_hello(hello);
-        }
-        // It was removed here while the handshake was under way.
-        if hello.extension.is_none() {
-            self.peers.hear_former(&name, hello.index);
-        }
-        Ok(())
-    }
-
-    fn on_write(&self, immediate: u32) -> Result<()> {
-        let (peer, message) = match Immediate::decode(u64::from(immediate))? {
-            Immediate::StockTransfer { index, id } => {
-                let Some(peer) = self.peers.by_index(u16::from(index)) else { return Ok(()) };
-                let message = peer.receive(|receiver| receiver.on_stock_immediate(id))?;
-                (peer, message)
-            }
-            Immediate::Transfer { peer, id_low } => {
-                let Some(peer) = self.peers.by_index(peer) else { return Ok(()) };
-                let message = peer.receive(|receiver| receiver.on_transfer_immediate(id_low));
-                (peer, message)
-            }
-            other => {
-                return Err(Error::invalid(format!("a write came with the immediate data of {other:?}")));
-            }
-        };
-        self.deliver(&peer, message);
-        Ok(())
-    }
-
-    fn deliver(&self, peer: &Arc<Peer>, message: Option<Vec<u8>>) {
-        let Some(message) = message else { return };
-        if self.peers.is_heard(peer) {
-            self.inbox.push(peer.name().clone(), message);
-        } else {
-            log::debug!("a notification of {}, which was removed, is dropped", peer.name());
-        }
-    }
-
-    fn refused(&self, error: &Error) {
-        let count = self.malformed.fetch_add(1, Ordering::Relaxed) + 1;
-        if count <= MALFORMED_LOGGED || count.is_multiple_of(100) {
-            log::warn!("dropped what a peer sent: {error} ({count} so far)");
-        }
-    }
-}
-
-impl RailEvents for Shared {
-    fn on_message(&self, immediate: Option<u32>, body: &[u8]) {
-        if let Err(e) = self.on_control(immediate, body) {
-            self.refused(&e);
-        }
-    }
-
-    fn on_immediate(&self, immediate: u32) {
-        if let Err(e) = self.on_write(immediate) {
-            self.refused(&e);
-        }
-    }
-
-    fn has_room(&self) -> bool {
-        self.inbox.has_room()
     }
 }
 
 impl Driver for Shared {
     fn drive(&self, rails: &[Arc<Rail>]) -> usize {
-        let handled = self.vram.within(|| {
-            let handled: usize = rails.iter().map(|rail| rail.drive(self)).sum();
-            if handled > 0 {
-                self.deliver_mail();
-            }
-            handled
-        });
-        handled + self.drive_copies()
+        self.drive_rails(rails.iter()) + self.drive_copies()
     }
 
     fn may_wait(&self, rails: &[Arc<Rail>]) -> bool {
@@ -284,12 +173,14 @@ impl Driver for Shared {
 
     fn tick(&self) {
         let now = Instant::now();
-        let mut waiting = false;
+        let (mut waiting, mut events) = (false, Vec::new());
         for peer in self.peers.all() {
-            waiting |= peer.tick(now);
+            let (waits, released) = peer.tick(now);
+            waiting |= waits;
+            self.release(released, &mut events);
         }
         self.waiting.store(waiting, Ordering::Relaxed);
-        self.vram.within(|| self.deliver_mail());
+        self.act(events);
     }
 
     fn is_busy(&self) -> bool {

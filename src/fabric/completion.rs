@@ -6,45 +6,69 @@ use std::mem::{MaybeUninit, zeroed};
 use super::efa;
 use super::endpoint::Endpoint;
 use super::error::{FabricError, code_of, is_disconnect, status_of};
+use super::slots::{BufferInFlight, Context};
 use crate::error::{Error, Status};
 use crate::sys::libfabric as sys;
 
 /// Most entries that one poll takes.
 const POLL_ENTRIES_MAX: usize = 64;
 
-/// Flags that say what has completed.
-const KINDS: u64 = sys::FI_SEND | sys::FI_RECV | sys::FI_WRITE | sys::FI_READ | sys::FI_REMOTE_WRITE;
-
-/// One entry of the completion queue.
+/// What one or more entries of the completion queue say. Contexts in them are free again.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Completion {
-    /// Context of the operation of ours that is over; `None` for a peer's write.
-    pub context: Option<u32>,
-    /// libfabric's flags, which say what has completed.
-    pub flags: u64,
-    /// Bytes received; 0 or undefined for what we sent.
-    pub len: usize,
-    /// Immediate data that the peer sent along.
-    pub imm: Option<u32>,
-    /// Why it failed, if it did.
-    pub error: Option<Box<CompletionError>>,
-}
-
-impl Completion {
-    /// A receive that we posted.
-    pub fn is_recv(&self) -> bool {
-        self.flags & sys::FI_RECV != 0
-    }
-
-    /// A peer has written to our memory.
-    pub fn is_remote_write(&self) -> bool {
-        self.flags & sys::FI_REMOTE_WRITE != 0
-    }
-
-    /// A send, write or read that we posted.
-    pub fn is_tx(&self) -> bool {
-        !self.is_recv() && self.flags & (sys::FI_SEND | sys::FI_WRITE | sys::FI_READ) != 0
-    }
+pub enum Completion {
+    /// Writes or reads of a share are done.
+    Moved {
+        /// The share.
+        share: u32,
+        /// How many.
+        count: u32,
+        /// Bytes of all.
+        bytes: u64,
+    },
+    /// A write or read of a share has failed.
+    MoveFailed {
+        /// The share.
+        share: u32,
+        /// Why.
+        error: Box<CompletionError>,
+    },
+    /// A message has left, or not.
+    Sent {
+        /// Number of its buffer.
+        buffer: u32,
+        /// Why not.
+        error: Option<Box<CompletionError>>,
+    },
+    /// A message is here.
+    Received {
+        /// Number of its buffer.
+        buffer: u32,
+        /// Bytes.
+        len: usize,
+        /// Immediate data that came along.
+        imm: Option<u32>,
+    },
+    /// A receive has failed.
+    ReceiveFailed {
+        /// Number of its buffer.
+        buffer: u32,
+        /// Why.
+        error: Box<CompletionError>,
+    },
+    /// Writes of peers, with this immediate data, are here.
+    Landed {
+        /// The immediate data.
+        imm: u32,
+        /// How many.
+        count: u32,
+        /// A receive that one of them has used up ([`Device::imm_uses_recv`](super::Device::imm_uses_recv)).
+        buffer: Option<u32>,
+    },
+    /// An operation of a peer has failed here.
+    Foreign {
+        /// Why.
+        error: Box<CompletionError>,
+    },
 }
 
 /// Why an operation failed.
@@ -95,12 +119,22 @@ impl From<CompletionError> for Error {
     }
 }
 
+/// Completions of one share, one behind the other.
+#[derive(Clone, Copy)]
+struct Moved {
+    share: u32,
+    count: u32,
+    bytes: u64,
+}
+
 impl Endpoint {
-    /// Drives the endpoint and appends what has completed, at most 64 entries; says how many. Contexts in them are
-    /// free again.
+    /// Drives the endpoint and appends what has completed, of at most 64 entries; says how many those were.
     ///
     /// An error says that the queue itself has failed; failures of operations are entries.
     pub fn poll(&mut self, out: &mut Vec<Completion>) -> Result<usize, FabricError> {
+        if self.open_batch.is_some() {
+            return Ok(0);
+        }
         let mut entries: [MaybeUninit<sys::fi_cq_data_entry>; POLL_ENTRIES_MAX] =
             [const { MaybeUninit::uninit() }; POLL_ENTRIES_MAX];
         let cq = self.cq.as_ptr();
@@ -113,13 +147,37 @@ impl Endpoint {
         };
         if status >= 0 {
             let count = (status as usize).min(POLL_ENTRIES_MAX);
-            out.reserve(count);
+            let mut moved: Option<Moved> = None;
             for entry in &entries[..count] {
                 // SAFETY: the provider has filled this many entries.
                 let entry = unsafe { entry.assume_init_ref() };
-                let completion = self.completion(entry.op_context, entry.flags, entry.len, entry.data);
-                out.push(completion);
+                match self.slots.context_of(entry.op_context) {
+                    Some(Context::Operation(index)) => {
+                        let Some((share, len)) = self.slots.release(index) else {
+                            self.completed_twice("operation", index);
+                            continue;
+                        };
+                        match &mut moved {
+                            Some(moved) if moved.share == share => {
+                                moved.count += 1;
+                                moved.bytes += u64::from(len);
+                            }
+                            _ => {
+                                let now = Moved { share, count: 1, bytes: len.into() };
+                                self.settle(moved.replace(now), out);
+                            }
+                        }
+                    }
+                    Some(Context::Buffer(buffer)) => {
+                        if let Some(completion) = self.buffer_done(buffer, entry) {
+                            out.push(completion);
+                        }
+                    }
+                    None if entry.flags & sys::FI_REMOTE_CQ_DATA != 0 => landed(entry.data as u32, None, out),
+                    None => {}
+                }
             }
+            self.settle(moved, out);
             return Ok(count);
         }
         match code_of(status) {
@@ -127,6 +185,48 @@ impl Endpoint {
             sys::FI_EAVAIL => self.poll_errors(out),
             code => Err(FabricError::new("fi_cq_read", code)),
         }
+    }
+
+    /// Operations of a share are over.
+    fn settle(&mut self, moved: Option<Moved>, out: &mut Vec<Completion>) {
+        let Some(Moved { share, count, bytes }) = moved else { return };
+        if let Some(peer) = self.shares.finished(share, count) {
+            self.peers.finished(peer, count);
+        }
+        out.push(Completion::Moved { share, count, bytes });
+    }
+
+    /// The operation on a buffer is over.
+    fn buffer_done(&mut self, buffer: u32, entry: &sys::fi_cq_data_entry) -> Option<Completion> {
+        let operation = self.release_buffer(buffer)?;
+        if operation.flags & sys::FI_SEND != 0 {
+            return Some(Completion::Sent { buffer, error: None });
+        }
+        let imm = (entry.flags & sys::FI_REMOTE_CQ_DATA != 0).then_some(entry.data as u32);
+        Some(match imm {
+            // efa-direct: a write with immediate data uses up a receive.
+            Some(imm) if entry.flags & sys::FI_REMOTE_WRITE != 0 => {
+                Completion::Landed { imm, count: 1, buffer: Some(buffer) }
+            }
+            imm => Completion::Received { buffer, len: entry.len, imm },
+        })
+    }
+
+    fn release_buffer(&mut self, buffer: u32) -> Option<BufferInFlight> {
+        let operation = self.slots.release_buffer(buffer);
+        match &operation {
+            Some(operation) => {
+                if let Some(peer) = operation.peer {
+                    self.peers.send_over(peer);
+                }
+            }
+            None => self.completed_twice("buffer", buffer),
+        }
+        operation
+    }
+
+    fn completed_twice(&self, what: &str, index: u32) {
+        log::error!("{self:?}: a completion for {what} {index}, which is not in flight; it was ignored");
     }
 
     fn poll_errors(&mut self, out: &mut Vec<Completion>) -> Result<usize, FabricError> {
@@ -157,29 +257,34 @@ impl Endpoint {
                 })
             };
             let error = CompletionError::new(self.is_efa(), entry.err, entry.prov_errno, &words);
-            let completion = self.completion(entry.op_context, entry.flags, entry.len, entry.data);
-            out.push(Completion { error: Some(Box::new(error)), ..completion });
+            out.extend(self.failed(entry.op_context, Box::new(error)));
         }
         Ok(POLL_ENTRIES_MAX)
     }
 
-    /// Frees the context that an entry names, and what the operation held.
-    fn completion(&mut self, context: *mut c_void, flags: u64, len: usize, data: u64) -> Completion {
-        let imm = (flags & sys::FI_REMOTE_CQ_DATA != 0).then_some(data as u32);
-        let index = self.slots.index_of(context);
-        let operation = index.and_then(|index| self.slots.release(index));
-        let Some(operation) = operation else {
-            if let Some(index) = index {
-                log::error!("{self:?}: a completion for context {index}, which is not in flight");
+    /// Whose an error entry is.
+    fn failed(&mut self, context: *mut c_void, error: Box<CompletionError>) -> Option<Completion> {
+        match self.slots.context_of(context) {
+            Some(Context::Operation(index)) => {
+                let Some((share, _)) = self.slots.release(index) else {
+                    self.completed_twice("operation", index);
+                    return None;
+                };
+                if let Some(peer) = self.shares.finished(share, 1) {
+                    self.peers.finished(peer, 1);
+                }
+                Some(Completion::MoveFailed { share, error })
             }
-            return Completion { context: None, flags, len, imm, error: None };
-        };
-        if let Some(peer) = operation.peer {
-            self.peers.finished(peer);
+            Some(Context::Buffer(buffer)) => {
+                let operation = self.release_buffer(buffer)?;
+                Some(if operation.flags & sys::FI_SEND != 0 {
+                    Completion::Sent { buffer, error: Some(error) }
+                } else {
+                    Completion::ReceiveFailed { buffer, error }
+                })
+            }
+            None => Some(Completion::Foreign { error }),
         }
-        // Providers leave the flags of some error entries empty.
-        let flags = if flags & KINDS == 0 { flags | operation.flags } else { flags };
-        Completion { context: index, flags, len, imm, error: None }
     }
 
     /// Reads events that belong to no operation, logs them, and gives the errors: after one, the endpoint is not to be
@@ -225,6 +330,16 @@ impl Endpoint {
 
     fn is_efa(&self) -> bool {
         efa::is_efa(self.domain().device().provider())
+    }
+}
+
+/// Peers' writes with one number come in rows.
+fn landed(imm: u32, buffer: Option<u32>, out: &mut Vec<Completion>) {
+    match out.last_mut() {
+        Some(Completion::Landed { imm: last, count, buffer: None }) if *last == imm && buffer.is_none() => {
+            *count += 1
+        }
+        _ => out.push(Completion::Landed { imm, count: 1, buffer }),
     }
 }
 

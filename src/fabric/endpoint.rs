@@ -12,7 +12,8 @@ use super::domain::Domain;
 use super::efa;
 use super::error::FabricError;
 use super::handle::Handle;
-use super::peers::{FiAddr, Peers};
+use super::peers::{FiAddr, InFlight, Peers};
+use super::shares::Shares;
 use super::slots::Slots;
 use crate::error::{Error, Result};
 use crate::sys::libfabric as sys;
@@ -25,8 +26,10 @@ pub(super) const NAME_BYTES_MAX: usize = 256;
 pub struct EndpointOptions {
     /// Entries of the completion queue; 0 leaves it to the provider.
     pub cq_entries: usize,
-    /// Operations that can be in flight at a time, receives included.
-    pub context_count: u32,
+    /// Buffers, of receives and messages, each in flight once at a time.
+    pub buffers: u32,
+    /// RMA operations in flight at a time.
+    pub operations: u32,
     /// Entries of the transmit queue; `None` takes the device's.
     pub tx_size: Option<usize>,
     /// Entries of the receive queue, at most the device's; `None` takes all of them.
@@ -43,7 +46,8 @@ impl Default for EndpointOptions {
     fn default() -> Self {
         Self {
             cq_entries: 0,
-            context_count: 1024,
+            buffers: 64,
+            operations: 1024,
             tx_size: None,
             rx_size: None,
             want_wait_fd: true,
@@ -61,6 +65,10 @@ pub struct Endpoint {
     pub(super) cq: Handle<sys::fid_cq>,
     pub(super) slots: Slots,
     pub(super) peers: Peers,
+    pub(super) shares: Shares,
+    /// See [`Endpoint::open_batch`].
+    pub(super) open_batch: Option<u32>,
+    pub(super) orders_writes: bool,
     wait_fd: Option<RawFd>,
     tx_size: usize,
     reaches_gpus: bool,
@@ -122,8 +130,11 @@ impl Endpoint {
             eq,
             av,
             cq,
-            slots: Slots::new(options.context_count),
+            slots: Slots::new(options.buffers, options.operations),
             peers: Peers::default(),
+            shares: Shares::default(),
+            open_batch: None,
+            orders_writes: device.orders_writes(),
             wait_fd,
             tx_size: options.tx_size.unwrap_or(device.tx_size()),
             reaches_gpus,
@@ -150,6 +161,16 @@ impl Endpoint {
     /// Operations in flight, receives included.
     pub fn in_flight(&self) -> u32 {
         self.slots.in_flight()
+    }
+
+    /// What is in flight to a peer.
+    pub fn in_flight_to(&self, peer: FiAddr) -> InFlight {
+        self.peers.in_flight(peer)
+    }
+
+    /// RMA operations that can be posted now.
+    pub fn room(&self) -> u32 {
+        self.slots.room()
     }
 
     /// Name by which peers reach the endpoint.
@@ -212,21 +233,6 @@ impl Endpoint {
         Ok(FabricError::check("fi_av_remove", status as isize)?)
     }
 
-    /// Asks for an operation in flight to be given up. It completes in any case, with or without success.
-    pub fn cancel(&mut self, context: u32) -> std::result::Result<(), FabricError> {
-        let Some(cell) = self.slots.busy_cell(context) else {
-            return Err(FabricError::refused("fi_cancel", format!("context {context} is not in flight")));
-        };
-        // SAFETY: the endpoint is open; the cell is the context of an operation in flight.
-        let status = unsafe {
-            match (*(*self.ep.as_ptr()).ops).cancel {
-                Some(cancel) => cancel(self.ep.fid(), cell),
-                None => -(libc::ENOSYS as isize),
-            }
-        };
-        FabricError::check("fi_cancel", status)
-    }
-
     /// File descriptor that becomes readable when there is something to poll, if the provider has one. Block on it
     /// only after [`Self::try_wait`] has said so.
     pub fn wait_fd(&self) -> Option<RawFd> {
@@ -265,7 +271,9 @@ impl Drop for Endpoint {
         if let Some(eq) = &mut self.eq {
             eq.abandon();
         }
-        forget(std::mem::replace(&mut self.slots, Slots::new(0)));
+        forget(std::mem::replace(&mut self.slots, Slots::new(0, 0)));
+        // What is in flight reads and writes the memory that its share keeps registered.
+        forget(std::mem::take(&mut self.shares));
         forget(Arc::clone(self.domain()));
     }
 }

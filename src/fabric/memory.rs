@@ -287,6 +287,7 @@ impl MemoryRegion {
 
     /// Closes the registration, unless it has another holder: a copy of the region, or an operation in flight. Then
     /// it is given back.
+    #[cfg(test)]
     pub fn close(self) -> std::result::Result<(), Self> {
         match Arc::try_unwrap(self.inner) {
             Ok(registration) => {

@@ -2,7 +2,8 @@
 //!
 //! What makes posting safe:
 //! - local memory is named by a [`MemoryRegion`], made of a [`MemoryRange`] whose `unsafe` constructor took the host's
-//!   word; an operation in flight holds the region, so that it is closed after the provider has let go of it;
+//!   word; what is in flight keeps the region (a share keeps its list's, a buffer its own), so that it is closed after
+//!   the provider has let go of it;
 //! - a work request's context is a cell of the endpoint's own, in flight at most once;
 //! - peers are named by a [`FiAddr`] that the endpoint checks against its own table;
 //! - an endpoint closes before its queue, its context cells and the regions that it holds; if libfabric refuses to
@@ -20,10 +21,12 @@ mod endpoint;
 mod error;
 mod handle;
 mod library;
+mod list;
 mod local;
 mod memory;
 mod peers;
 mod post;
+mod shares;
 mod slots;
 #[cfg(test)]
 mod tests;
@@ -34,10 +37,11 @@ pub use domain::{Domain, Fabric};
 pub use endpoint::{Endpoint, EndpointOptions};
 pub use error::{FabricError, is_disconnect};
 pub use library::{Libfabric, Version};
+pub use list::{RmaList, Slice, Way};
 pub use local::copy_between;
 pub use memory::{Dmabuf, Hmem, KeptMemory, MemoryRegion, RegisteredBuffer};
-pub use peers::FiAddr;
-pub use post::{Posted, Recv, Rma, RmaFlags, Send};
+pub use peers::{FiAddr, InFlight};
+pub use post::{BATCH_WRITES_MAX, Posted, PostedSlices, Recv, Send};
 
 /// A range of memory that NICs may read and write while it is registered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,8 +56,7 @@ impl MemoryRange {
     /// # Safety
     /// `addr..addr + len` must be memory (of the host or of an accelerator) that stays valid, and that
     /// tolerates concurrent access by devices, until every registration of it is closed. A registration is closed
-    /// when its last [`MemoryRegion`] has been dropped and no operation that was posted with it is in flight;
-    /// [`MemoryRegion::close`] answers whether that is so.
+    /// when its last [`MemoryRegion`] has been dropped and no operation that was posted with it is in flight.
     pub unsafe fn assume_registered(addr: u64, len: u64) -> Self {
         Self { addr, len }
     }

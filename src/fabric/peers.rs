@@ -12,6 +12,15 @@ pub struct FiAddr {
     generation: u32,
 }
 
+/// Operations to a peer that are in flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct InFlight {
+    /// Writes and reads.
+    pub rma: u32,
+    /// Messages.
+    pub messages: u32,
+}
+
 /// Table of peers. libfabric trusts the numbers that it is given; this table does not.
 #[derive(Default)]
 pub(super) struct Peers {
@@ -26,7 +35,7 @@ struct Peer {
     generation: u32,
     /// How often it was inserted; 0 if the entry is free.
     uses: u32,
-    in_flight: u32,
+    in_flight: InFlight,
     name: Box<[u8]>,
 }
 
@@ -42,14 +51,29 @@ impl Peers {
         self.get(address).map(|peer| peer.raw)
     }
 
-    /// An operation to the peer is in flight.
-    pub(super) fn started(&mut self, address: FiAddr) {
-        self.entries[address.entry as usize].in_flight += 1;
+    /// What is in flight to a peer.
+    pub(super) fn in_flight(&self, address: FiAddr) -> InFlight {
+        self.get(address).map_or_else(InFlight::default, |peer| peer.in_flight)
+    }
+
+    /// So many more writes or reads are in flight.
+    pub(super) fn started(&mut self, address: FiAddr, count: u32) {
+        self.entries[address.entry as usize].in_flight.rma += count;
+    }
+
+    /// So many are over.
+    pub(super) fn finished(&mut self, address: FiAddr, count: u32) {
+        self.entries[address.entry as usize].in_flight.rma -= count;
+    }
+
+    /// A message is in flight.
+    pub(super) fn sent(&mut self, address: FiAddr) {
+        self.entries[address.entry as usize].in_flight.messages += 1;
     }
 
     /// It is over.
-    pub(super) fn finished(&mut self, address: FiAddr) {
-        self.entries[address.entry as usize].in_flight -= 1;
+    pub(super) fn send_over(&mut self, address: FiAddr) {
+        self.entries[address.entry as usize].in_flight.messages -= 1;
     }
 
     /// Counts one more use of a name that is known. Names are compared without the zeroes that pad them.
@@ -68,7 +92,7 @@ impl Peers {
         });
         self.by_name.insert(name.clone(), entry);
         let peer = &mut self.entries[entry as usize];
-        *peer = Peer { raw, uses: 1, in_flight: 0, name, generation: peer.generation };
+        *peer = Peer { raw, uses: 1, in_flight: InFlight::default(), name, generation: peer.generation };
         FiAddr { entry, generation: peer.generation }
     }
 
@@ -77,8 +101,8 @@ impl Peers {
         let Some(peer) = self.get(address) else {
             return Err(Error::invalid("the peer's address is not known on this endpoint"));
         };
-        if peer.uses == 1 && peer.in_flight > 0 {
-            let count = peer.in_flight;
+        let count = peer.in_flight.rma + peer.in_flight.messages;
+        if peer.uses == 1 && count > 0 {
             return Err(Error::new(
                 Status::NotAllowed,
                 format!("{count} operations to this peer are in flight"),
@@ -111,9 +135,9 @@ mod tests {
     fn a_peer_with_operations_in_flight_stays() {
         let mut peers = Peers::default();
         let address = peers.insert(b"a", 1);
-        peers.started(address);
+        peers.started(address, 2);
         assert_eq!(peers.remove(address).unwrap_err().status(), Status::NotAllowed);
-        peers.finished(address);
+        peers.finished(address, 2);
         assert_eq!(peers.remove(address).unwrap(), Some(1));
     }
 

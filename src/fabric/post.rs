@@ -1,13 +1,20 @@
 //! Posting operations on an endpoint.
 
 use std::ffi::c_void;
+use std::ops::Range;
+use std::sync::Arc;
 
 use super::endpoint::Endpoint;
 use super::error::{FabricError, code_of};
-use super::memory::{MemoryRegion, RegisteredBuffer};
+use super::list::RmaList;
+use super::memory::RegisteredBuffer;
 use super::peers::FiAddr;
-use super::slots::InFlight;
+use super::slots::BufferInFlight;
 use crate::sys::libfabric as sys;
+use crate::types::Op;
+
+/// Most writes that one doorbell tells the NIC of.
+pub const BATCH_WRITES_MAX: u32 = 16;
 
 /// Outcome of a post.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,36 +26,16 @@ pub enum Posted {
     Again,
 }
 
-/// Flags of a write or read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct RmaFlags {
-    /// Another post to this endpoint follows at once: the provider may wait with telling the NIC.
-    pub more: bool,
-    /// Completes only when the data is in the peer's memory.
-    pub delivery_complete: bool,
-}
-
-/// A write to, or a read from, a peer's memory.
-#[derive(Debug, Clone, Copy)]
-pub struct Rma<'a> {
-    /// Registration of the local memory.
-    pub local: &'a MemoryRegion,
-    /// First local byte.
-    pub local_addr: u64,
-    /// Bytes.
-    pub len: usize,
-    /// First remote byte, as [`MemoryRegion::remote_base`] of the peer names it.
-    pub remote_addr: u64,
-    /// Key of the remote registration.
-    pub remote_key: u64,
-    /// The peer.
-    pub dest: FiAddr,
-    /// Immediate data that the peer's completion queue gets. Writes only.
-    pub imm: Option<u32>,
-    /// Context, not in flight.
-    pub context: u32,
-    /// Flags.
-    pub flags: RmaFlags,
+/// What became of slices that were to be posted.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use]
+pub struct PostedSlices {
+    /// So many, from the first on, are in flight.
+    pub count: u32,
+    /// Bytes of those.
+    pub bytes: u64,
+    /// Why not all: [`Posted::Again`], or an error of the next one.
+    pub stopped: Option<Result<Posted>>,
 }
 
 /// A message to a peer.
@@ -64,7 +51,7 @@ pub struct Send<'a> {
     pub imm: Option<u32>,
     /// The peer.
     pub dest: FiAddr,
-    /// Context, not in flight.
+    /// Number of the buffer, not in flight.
     pub context: u32,
 }
 
@@ -77,67 +64,158 @@ pub struct Recv<'a> {
     pub offset: usize,
     /// Bytes that it may have.
     pub len: usize,
-    /// Context, not in flight.
+    /// Number of the buffer, not in flight.
     pub context: u32,
 }
 
 type Result<T> = std::result::Result<T, FabricError>;
 
+/// fi_writemsg or fi_readmsg.
+type Submit = unsafe extern "C" fn(*mut sys::fid_ep, *const sys::fi_msg_rma, u64) -> isize;
+
 impl Endpoint {
-    /// Posts a write of local memory to a peer's.
-    pub fn write(&mut self, rma: &Rma<'_>) -> Result<Posted> {
-        const CALL: &str = "fi_writemsg";
-        let mut flags = sys::FI_COMPLETION;
-        if rma.flags.more {
-            flags |= sys::FI_MORE;
+    /// Begins a share: operations of `list` will be posted over its lane `lane` to a peer. Completions name the share
+    /// by `share`, a number that is not in use.
+    pub fn begin(&mut self, share: u32, list: Arc<RmaList>, lane: u16, dest: FiAddr) -> Result<()> {
+        const CALL: &str = "begin";
+        let Some(way) = list.lane(lane) else {
+            return Err(FabricError::refused(CALL, format!("{list:?} has no lane {lane}")));
+        };
+        if !Arc::ptr_eq(&way.domain, self.domain()) {
+            return Err(FabricError::refused(CALL, "the memory is registered on another NIC"));
         }
-        if rma.flags.delivery_complete {
-            flags |= sys::FI_DELIVERY_COMPLETE;
+        if self.peers.raw(dest).is_none() {
+            return Err(FabricError::refused(CALL, "the peer's address is not known on this endpoint"));
         }
-        if rma.imm.is_some() {
-            flags |= sys::FI_REMOTE_CQ_DATA;
-        }
-        self.post_rma(CALL, rma, sys::FI_WRITE | sys::FI_RMA, |ep, msg| {
-            // SAFETY: the endpoint is open; `post_rma` answers for the message.
-            unsafe {
-                match (*ep).rma.as_ref().and_then(|ops| ops.writemsg) {
-                    Some(write) => write(ep, msg, flags),
-                    None => -(libc::ENOSYS as isize),
-                }
-            }
-        })
+        self.shares.begin(share, list, lane, dest)
     }
 
-    /// Posts a read of a peer's memory into local memory.
-    pub fn read(&mut self, rma: &Rma<'_>) -> Result<Posted> {
-        const CALL: &str = "fi_readmsg";
-        if rma.imm.is_some() || rma.flags.more {
-            return Err(FabricError::refused(CALL, "a read carries no immediate data and is not batched"));
-        }
-        self.post_rma(CALL, rma, sys::FI_READ | sys::FI_RMA, |ep, msg| {
-            // SAFETY: as in `write`.
-            unsafe {
-                match (*ep).rma.as_ref().and_then(|ops| ops.readmsg) {
-                    Some(read) => read(ep, msg, sys::FI_COMPLETION),
-                    None => -(libc::ENOSYS as isize),
-                }
+    /// Ends a share: nothing more of it is posted. What is in flight completes under its number.
+    pub fn end(&mut self, share: u32) {
+        self.shares.end(share);
+    }
+
+    /// Posts the slices of a share in `range`, in order, until one is put off or refused.
+    ///
+    /// Each write completes when its data is in the peer's memory; where the provider keeps writes in order, only the
+    /// one before `confirmed_at` does, which then tells of all before it. With `batch`, several share a doorbell.
+    pub fn post_slices(
+        &mut self,
+        share: u32,
+        op: Op,
+        range: Range<u32>,
+        confirmed_at: u32,
+        batch: bool,
+    ) -> PostedSlices {
+        let call = if op == Op::Write { "fi_writemsg" } else { "fi_readmsg" };
+        // A share ends no earlier than the last operation that refers to it, so what it names stays for as long.
+        let Some((entry, peer)) =
+            self.shares.get(share).and_then(|entry| Some((entry, self.peers.raw(entry.peer)?)))
+        else {
+            let error = FabricError::refused(call, format!("share {share} was not begun"));
+            return PostedSlices { count: 0, bytes: 0, stopped: Some(Err(error)) };
+        };
+        let (list, dest) = (&entry.list, entry.peer);
+        let Some(lane) = list.lane(entry.lane) else {
+            unreachable!("`begin` looked it up");
+        };
+        let Some(submit) = self.submit(op) else {
+            return PostedSlices {
+                count: 0,
+                bytes: 0,
+                stopped: Some(Err(FabricError::new(call, libc::ENOSYS))),
+            };
+        };
+        let ep = self.ep.as_ptr();
+        let batch = batch && op == Op::Write && self.open_batch.is_none();
+        // As far as there are cells: a batch must not end for want of one.
+        let end = range.end.min(list.len()).min(range.start.saturating_add(self.slots.room()));
+        let confirm_each = op == Op::Write && !self.orders_writes;
+        let (mut count, mut bytes, mut stopped, mut open) = (0, 0, None, false);
+        for index in range.start..end {
+            let slice = &list.slices()[index as usize];
+            let way = &lane.ways[slice.pair as usize];
+            let Some((cell, context)) = self.slots.claim(share, slice.len) else {
+                stopped = Some(Ok(Posted::Again));
+                break;
+            };
+            let len = slice.len as usize;
+            let iov = libc::iovec { iov_base: slice.local_addr as *mut c_void, iov_len: len };
+            let mut descriptor = way.region.descriptor();
+            let remote = sys::fi_rma_iov { addr: slice.remote_addr, len, key: way.key };
+            let msg = sys::fi_msg_rma {
+                msg_iov: &raw const iov,
+                desc: &raw mut descriptor,
+                iov_count: 1,
+                addr: peer,
+                rma_iov: &raw const remote,
+                rma_iov_count: 1,
+                context,
+                data: 0,
+            };
+            let mut flags = sys::FI_COMPLETION;
+            if confirm_each || (op == Op::Write && index + 1 == confirmed_at) {
+                flags |= sys::FI_DELIVERY_COMPLETE;
             }
-        })
+            let more = batch && index + 1 < end && (count + 1) % BATCH_WRITES_MAX != 0;
+            if more {
+                flags |= sys::FI_MORE;
+            }
+            // SAFETY: the endpoint is open, and ours: `&mut self`. The local bytes lie in a registered region of this
+            // domain (`RmaList::new`, `begin`), which the share keeps until the operation completes; the context is a
+            // cell that nothing else is in flight on; the peer is known. The message and what it points to live
+            // through the call, and the provider copies them.
+            let status = unsafe { submit(ep, &raw const msg, flags) };
+            if status < 0 {
+                self.slots.release(cell);
+                stopped = Some(match code_of(status) {
+                    libc::EAGAIN => Ok(Posted::Again),
+                    code => Err(FabricError::new(call, code)),
+                });
+                break;
+            }
+            count += 1;
+            bytes += u64::from(slice.len);
+            open = more;
+        }
+        if count > 0 {
+            self.open_batch = open.then_some(share);
+            self.shares.started(share, count);
+            self.peers.started(dest, count);
+        }
+        if stopped.is_none() && end < range.end {
+            stopped = Some(Ok(Posted::Again));
+        }
+        PostedSlices { count, bytes, stopped }
+    }
+
+    /// The share of which a batch is open: writes that the NIC was not told of, because the one that was to ring for all
+    /// was put off or refused. Until another slice of it is posted, nothing else may be done here: provider versions
+    /// hold the send queue's lock all the while, and a poll would wait for it for ever.
+    pub fn open_batch(&self) -> Option<u32> {
+        self.open_batch
+    }
+
+    fn submit(&self, op: Op) -> Option<Submit> {
+        // SAFETY: the endpoint is open; its table of RMA operations is null or complete.
+        let ops = unsafe { (*self.ep.as_ptr()).rma.as_ref() }?;
+        match op {
+            Op::Write => ops.writemsg,
+            Op::Read => ops.readmsg,
+        }
     }
 
     /// Posts a message.
     pub fn send(&mut self, send: &Send<'_>) -> Result<Posted> {
         const CALL: &str = "fi_sendmsg";
         let flags = sys::FI_COMPLETION | if send.imm.is_some() { sys::FI_REMOTE_CQ_DATA } else { 0 };
-        let local =
-            Local { region: send.buffer.region(), addr: send.buffer.addr_of(send.offset), len: send.len };
+        let local = Local { buffer: send.buffer, offset: send.offset, len: send.len };
         let to = Some(send.dest);
-        self.post(CALL, &local, to, send.context, sys::FI_SEND | sys::FI_MSG, |ep, parts| {
-            let msg = parts.message(send.imm);
-            // SAFETY: the endpoint is open; `post` answers for the parts of the message.
+        self.post(CALL, &local, to, send.context, send.imm, sys::FI_SEND | sys::FI_MSG, |ep, msg| {
+            // SAFETY: the endpoint is open; `post` answers for the message.
             unsafe {
                 match (*ep).msg.as_ref().and_then(|ops| ops.sendmsg) {
-                    Some(send) => send(ep, &raw const msg, flags),
+                    Some(send) => send(ep, msg, flags),
                     None => -(libc::ENOSYS as isize),
                 }
             }
@@ -147,61 +225,41 @@ impl Endpoint {
     /// Posts room for a message of any peer.
     pub fn recv(&mut self, recv: &Recv<'_>) -> Result<Posted> {
         const CALL: &str = "fi_recvmsg";
-        let local =
-            Local { region: recv.buffer.region(), addr: recv.buffer.addr_of(recv.offset), len: recv.len };
-        self.post(CALL, &local, None, recv.context, sys::FI_RECV | sys::FI_MSG, |ep, parts| {
-            let msg = parts.message(None);
+        let local = Local { buffer: recv.buffer, offset: recv.offset, len: recv.len };
+        self.post(CALL, &local, None, recv.context, None, sys::FI_RECV | sys::FI_MSG, |ep, msg| {
             // SAFETY: as in `send`.
             unsafe {
                 match (*ep).msg.as_ref().and_then(|ops| ops.recvmsg) {
-                    Some(recv) => recv(ep, &raw const msg, sys::FI_COMPLETION),
+                    Some(recv) => recv(ep, msg, sys::FI_COMPLETION),
                     None => -(libc::ENOSYS as isize),
                 }
             }
         })
     }
 
-    fn post_rma(
-        &mut self,
-        call: &'static str,
-        rma: &Rma<'_>,
-        kind: u64,
-        submit: impl FnOnce(*mut sys::fid_ep, *const sys::fi_msg_rma) -> isize,
-    ) -> Result<Posted> {
-        let local = Local { region: rma.local, addr: rma.local_addr, len: rma.len };
-        self.post(call, &local, Some(rma.dest), rma.context, kind, |ep, parts| {
-            let remote = sys::fi_rma_iov { addr: rma.remote_addr, len: rma.len, key: rma.remote_key };
-            let msg = sys::fi_msg_rma {
-                msg_iov: &raw const parts.iov,
-                desc: &raw mut parts.descriptor,
-                iov_count: 1,
-                addr: parts.peer,
-                rma_iov: &raw const remote,
-                rma_iov_count: 1,
-                context: parts.context,
-                data: u64::from(rma.imm.unwrap_or(0)),
-            };
-            submit(ep, &raw const msg)
-        })
-    }
-
-    /// Checks what an operation names, takes its context, and posts it.
+    /// Checks what an operation on a buffer names, takes its context, and posts it.
     ///
     /// After this, what `submit` passes on is good until the operation completes: the local bytes lie in a region of
     /// this domain that the context holds; the context is a cell in flight once; the peer is known.
+    #[allow(clippy::too_many_arguments)]
     fn post(
         &mut self,
         call: &'static str,
         local: &Local<'_>,
         to: Option<FiAddr>,
         context: u32,
+        imm: Option<u32>,
         kind: u64,
-        submit: impl FnOnce(*mut sys::fid_ep, &mut Parts) -> isize,
+        submit: impl FnOnce(*mut sys::fid_ep, *const sys::fi_msg) -> isize,
     ) -> Result<Posted> {
-        if !local.region.contains(local.addr, local.len) {
+        if self.open_batch.is_some() {
+            return Ok(Posted::Again);
+        }
+        let (region, addr) = (local.buffer.region(), local.buffer.addr_of(local.offset));
+        if !region.contains(addr, local.len) {
             return Err(FabricError::refused(
                 call,
-                format!("{} bytes at {:#x} are not inside {:?}", local.len, local.addr, local.region),
+                format!("{} bytes at {addr:#x} are not inside {region:?}", local.len),
             ));
         }
         if local.len > self.domain().device().max_msg_size() {
@@ -211,7 +269,7 @@ impl Endpoint {
                 format!("{} bytes are more than one operation takes", local.len),
             ));
         }
-        if !std::sync::Arc::ptr_eq(local.region.domain(), self.domain()) {
+        if !Arc::ptr_eq(region.domain(), self.domain()) {
             return Err(FabricError::refused(call, "the memory is registered on another NIC"));
         }
         let peer = match to {
@@ -220,53 +278,36 @@ impl Endpoint {
             })?,
             None => sys::FI_ADDR_UNSPEC,
         };
-        let operation = InFlight { flags: kind, peer: to, _region: local.region.hold() };
-        let context_cell = self.slots.claim(call, context, operation)?;
-        let mut parts = Parts {
-            iov: libc::iovec { iov_base: local.addr as *mut c_void, iov_len: local.len },
-            descriptor: local.region.descriptor(),
-            context: context_cell,
-            peer,
+        let operation = BufferInFlight { flags: kind, peer: to, _region: region.hold() };
+        let cell = self.slots.claim_buffer(call, context, operation)?;
+        let iov = libc::iovec { iov_base: addr as *mut c_void, iov_len: local.len };
+        let mut descriptor = region.descriptor();
+        let msg = sys::fi_msg {
+            msg_iov: &raw const iov,
+            desc: &raw mut descriptor,
+            iov_count: 1,
+            addr: peer,
+            context: cell,
+            data: u64::from(imm.unwrap_or(0)),
         };
-        let status = submit(self.ep.as_ptr(), &mut parts);
+        let status = submit(self.ep.as_ptr(), &raw const msg);
         if status < 0 {
-            self.slots.release(context);
+            self.slots.release_buffer(context);
             return match code_of(status) {
                 libc::EAGAIN => Ok(Posted::Again),
                 code => Err(FabricError::new(call, code)),
             };
         }
         if let Some(address) = to {
-            self.peers.started(address);
+            self.peers.sent(address);
         }
         Ok(Posted::Yes)
     }
 }
 
-/// Local side of an operation.
+/// Local side of an operation on a buffer.
 struct Local<'a> {
-    region: &'a MemoryRegion,
-    addr: u64,
+    buffer: &'a RegisteredBuffer,
+    offset: usize,
     len: usize,
-}
-
-/// What every operation passes to libfabric.
-struct Parts {
-    iov: libc::iovec,
-    descriptor: *mut c_void,
-    context: *mut c_void,
-    peer: u64,
-}
-
-impl Parts {
-    fn message(&mut self, imm: Option<u32>) -> sys::fi_msg {
-        sys::fi_msg {
-            msg_iov: &raw const self.iov,
-            desc: &raw mut self.descriptor,
-            iov_count: 1,
-            addr: self.peer,
-            context: self.context,
-            data: u64::from(imm.unwrap_or(0)),
-        }
-    }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::*;
+use crate::types::Op;
 
 const WAIT_MAX: Duration = Duration::from_secs(20);
 
@@ -43,7 +44,7 @@ impl Side {
     fn open(library: &Libfabric, device: &Device) -> Self {
         let fabric = Fabric::open(library, device).unwrap();
         let domain = Domain::open(&fabric, device).unwrap();
-        let options = EndpointOptions { context_count: 8, ..EndpointOptions::default() };
+        let options = EndpointOptions { buffers: 8, operations: 8, ..EndpointOptions::default() };
         let endpoint = Endpoint::open(&domain, device, &options).unwrap();
         Self { endpoint, domain, keys: 0 }
     }
@@ -103,100 +104,123 @@ fn messages_arrive_whole_and_with_their_immediate() {
     let send = Send { buffer: &out, offset: 100, len: 5, imm: Some(0xdead_beef), dest: to_b, context: 7 };
     post(&mut a.endpoint, &mut b.endpoint, &mut seen, |e| e.send(&send));
     drive(&mut a.endpoint, &mut b.endpoint, &mut seen, [1, 1]);
-    let [done, received] = seen.each_ref().map(|side| &side[0]);
-    assert_eq!((done.context, done.is_tx(), &done.error), (Some(7), true, &None));
-    assert!(received.is_recv() && received.error.is_none());
-    assert_eq!((received.len, received.imm), (5, Some(0xdead_beef)));
-    let slot = received.context.unwrap();
+    let [[Completion::Sent { buffer: 7, error: None }], [received]] = seen.each_ref().map(Vec::as_slice)
+    else {
+        panic!("{seen:?}")
+    };
+    let &Completion::Received { buffer: slot, len: 5, imm: Some(0xdead_beef) } = received else {
+        panic!("{received:?}")
+    };
     assert_eq!(inbox.copy_out(slot as usize * 8192, 5), b"hello");
     assert_eq!((a.endpoint.in_flight(), b.endpoint.in_flight()), (0, 1));
     let again = Recv { buffer: &inbox, offset: 0, len: 8192, context: slot };
-    assert_eq!(b.endpoint.recv(&again).unwrap(), Posted::Yes, "the context is free again");
+    assert_eq!(b.endpoint.recv(&again).unwrap(), Posted::Yes, "the buffer is free again");
+}
+
+/// A list of pieces (local offset, remote offset, length) of two buffers, over one lane.
+fn list(local: &RegisteredBuffer, remote: &RegisteredBuffer, pieces: &[(usize, usize, u32)]) -> Arc<RmaList> {
+    let slice = |&(near, far, len): &(usize, usize, u32)| Slice {
+        local_addr: local.addr_of(near),
+        remote_addr: remote.region().remote_base() + far as u64,
+        len,
+        pair: 0,
+    };
+    let way = Way { region: local.region().clone(), key: remote.region().key() };
+    Arc::new(RmaList::new(pieces.iter().map(slice).collect(), vec![vec![way]]).unwrap())
+}
+
+/// Posts all of a list as share 0, driving both sides until it is done; gives what the completions say.
+fn move_all(
+    a: &mut Side,
+    b: &mut Side,
+    to_b: FiAddr,
+    op: Op,
+    list: &Arc<RmaList>,
+    batch: bool,
+) -> (u32, u64) {
+    a.endpoint.begin(0, Arc::clone(list), 0, to_b).unwrap();
+    let (mut posted, mut done) = (0, (0, 0));
+    let mut seen = [Vec::new(), Vec::new()];
+    let start = Instant::now();
+    while done.0 < list.len() {
+        if posted < list.len() {
+            let outcome = a.endpoint.post_slices(0, op, posted..list.len(), list.len(), batch);
+            assert!(matches!(outcome.stopped, None | Some(Ok(Posted::Again))), "{outcome:?}");
+            posted += outcome.count;
+            assert_eq!(a.endpoint.in_flight_to(to_b).rma, posted - done.0);
+        }
+        a.endpoint.poll(&mut seen[0]).unwrap();
+        b.endpoint.poll(&mut seen[1]).unwrap();
+        for completion in seen[0].drain(..) {
+            let Completion::Moved { share: 0, count, bytes } = completion else { panic!("{completion:?}") };
+            done = (done.0 + count, done.1 + bytes);
+        }
+        assert!(start.elapsed() < WAIT_MAX, "no completion");
+    }
+    a.endpoint.end(0);
+    assert_eq!((a.endpoint.in_flight(), a.endpoint.in_flight_to(to_b)), (0, InFlight::default()));
+    assert!(seen[1].is_empty(), "a write tells the peer nothing: {seen:?}");
+    done
 }
 
 #[test]
 fn writes_and_reads_move_every_byte() {
     const LEN: usize = 300_000;
     let Some((mut a, mut b, to_b, _)) = pair() else { return };
-    let (mut source, target, mut back) = (a.buffer(LEN), b.buffer(LEN), a.buffer(LEN));
+    let (mut source, target, back) = (a.buffer(LEN), b.buffer(LEN), a.buffer(LEN));
     let data: Vec<u8> = (0..LEN).map(|i| (i * 7 % 251) as u8).collect();
     source.copy_in(0, &data);
-    let mut seen = [Vec::new(), Vec::new()];
-    let write = Rma {
-        local: source.region(),
-        local_addr: source.addr_of(0),
-        len: LEN,
-        remote_addr: target.region().remote_base(),
-        remote_key: target.region().key(),
-        dest: to_b,
-        imm: Some(0x1234_5678),
-        context: 0,
-        flags: RmaFlags { more: false, delivery_complete: true },
-    };
-    let uses_recv = b.domain.device().imm_uses_recv();
-    let inbox = b.buffer(1);
-    if uses_recv {
-        let recv = Recv { buffer: &inbox, offset: 0, len: 1, context: 5 };
-        assert_eq!(b.endpoint.recv(&recv).unwrap(), Posted::Yes);
-    }
-    post(&mut a.endpoint, &mut b.endpoint, &mut seen, |e| e.write(&write));
-    drive(&mut a.endpoint, &mut b.endpoint, &mut seen, [1, 1]);
-    assert_eq!((seen[0][0].context, &seen[0][0].error), (Some(0), &None));
-    let arrived = &seen[1][0];
-    assert!(arrived.is_remote_write() && arrived.error.is_none());
-    assert_eq!((arrived.context, arrived.imm), (uses_recv.then_some(5), Some(0x1234_5678)));
-    assert!(!arrived.is_recv());
+    // More pieces than cells.
+    let pieces: Vec<_> = (0..100).map(|i| (i * 3000, i * 3000, 3000)).collect();
+    let write = list(&source, &target, &pieces);
+    assert_eq!(move_all(&mut a, &mut b, to_b, Op::Write, &write, false), (100, LEN as u64));
     assert!(target.copy_out(0, LEN) == data);
 
     // Half of it, from the middle: addresses and offsets agree.
-    let read = Rma {
-        local: back.region(),
-        local_addr: back.addr_of(1),
-        len: LEN / 2,
-        remote_addr: write.remote_addr + 1000,
-        imm: None,
-        flags: RmaFlags::default(),
-        ..write
-    };
-    seen = [Vec::new(), Vec::new()];
-    post(&mut a.endpoint, &mut b.endpoint, &mut seen, |e| e.read(&read));
-    drive(&mut a.endpoint, &mut b.endpoint, &mut seen, [1, 0]);
-    assert_eq!(seen[0][0].error, None);
+    let read = list(&back, &target, &[(1, 1000, LEN as u32 / 2)]);
+    assert_eq!(move_all(&mut a, &mut b, to_b, Op::Read, &read, false), (1, LEN as u64 / 2));
     assert!(back.copy_out(1, LEN / 2) == data[1000..1000 + LEN / 2]);
     assert_eq!(back.copy_out(0, 1), [0]);
-    back.copy_in(0, &[1]);
+
+    // Now that the peer was reached, writes may share doorbells.
+    source.copy_in(0, &data.iter().map(|byte| byte ^ 0xff).collect::<Vec<_>>());
+    assert_eq!(move_all(&mut a, &mut b, to_b, Op::Write, &write, true), (100, LEN as u64));
+    assert!(target.copy_out(0, LEN).iter().zip(&data).all(|(there, here)| *there == here ^ 0xff));
 }
 
 #[test]
 fn what_is_wrong_is_refused_before_libfabric_sees_it() {
     let Some((mut a, mut b, to_b, _)) = pair() else { return };
     let (local, foreign) = (a.buffer(100), b.buffer(100));
-    let good = Rma {
-        local: local.region(),
-        local_addr: local.addr_of(0),
-        len: 100,
-        remote_addr: 0,
-        remote_key: 0,
-        dest: to_b,
-        imm: None,
-        context: 0,
-        flags: RmaFlags::default(),
-    };
-    let bad = [
-        ("beyond the end", Rma { local_addr: local.addr_of(1), ..good }),
-        ("before the start", Rma { local_addr: local.addr_of(0) - 1, ..good }),
-        ("wraps around", Rma { local_addr: u64::MAX, len: usize::MAX, ..good }),
-        ("no such context", Rma { context: 8, ..good }),
-        ("another NIC's memory", Rma { local: foreign.region(), local_addr: foreign.addr_of(0), ..good }),
-    ];
-    for (what, rma) in bad {
-        assert_eq!(a.endpoint.write(&rma).unwrap_err().code, libc::EINVAL, "{what}");
+    let way = |buffer: &RegisteredBuffer| Way { region: buffer.region().clone(), key: 0 };
+    let slice = |local_addr, len, pair| vec![Slice { local_addr, remote_addr: 0, len, pair }];
+    let at = local.addr_of(0);
+    for (what, slices) in [
+        ("beyond the end", slice(at + 1, 100, 0)),
+        ("before the start", slice(at - 1, 100, 0)),
+        ("wraps around", slice(u64::MAX, u32::MAX, 0)),
+        ("no such pair", slice(at, 100, 1)),
+    ] {
+        let error = RmaList::new(slices, vec![vec![way(&local)]]).unwrap_err();
+        assert_eq!(error.code, libc::EINVAL, "{what}");
     }
-    assert!(a.endpoint.read(&Rma { imm: Some(1), ..good }).is_err());
+    assert!(RmaList::new(slice(at, 100, 0), vec![vec![way(&local)], vec![way(&foreign)]]).is_err());
+    assert!(RmaList::new(slice(at, 100, 0), vec![vec![way(&local), way(&foreign)]]).is_err());
+    assert!(RmaList::new(slice(at, 100, 0), vec![vec![way(&local)], Vec::new()]).is_err());
+    let good = Arc::new(RmaList::new(slice(at, 100, 0), vec![vec![way(&local)]]).unwrap());
+    let elsewhere = RmaList::new(slice(foreign.addr_of(0), 100, 0), vec![vec![way(&foreign)]]).unwrap();
+    assert!(a.endpoint.begin(0, Arc::new(elsewhere), 0, to_b).is_err(), "another NIC's memory");
+    assert!(a.endpoint.begin(0, Arc::clone(&good), 1, to_b).is_err(), "no such lane");
+    assert!(a.endpoint.post_slices(0, Op::Write, 0..1, 1, false).stopped.unwrap().is_err(), "not begun");
+    a.endpoint.begin(0, Arc::clone(&good), 0, to_b).unwrap();
+    assert!(a.endpoint.begin(0, Arc::clone(&good), 0, to_b).is_err(), "in use");
+    a.endpoint.end(0);
     assert!(a.endpoint.insert_address(&[]).is_err());
     assert!(a.endpoint.insert_address(&[0xff; 300]).is_err());
+    let send = Send { buffer: &local, offset: 0, len: 101, imm: None, dest: to_b, context: 0 };
+    assert!(a.endpoint.send(&send).is_err(), "beyond the end");
     a.endpoint.remove_address(to_b).unwrap();
-    assert_eq!(a.endpoint.write(&good).unwrap_err().code, libc::EINVAL, "removed");
+    assert!(a.endpoint.begin(0, good, 0, to_b).is_err(), "removed");
     assert_eq!(a.endpoint.in_flight(), 0);
 }
 
@@ -221,24 +245,14 @@ fn a_peer_that_goes_away_fails_what_is_in_flight() {
     const LEN: usize = 4 << 20;
     let Some((mut a, mut b, to_b, _)) = pair() else { return };
     let (source, target) = (a.buffer(LEN), b.buffer(LEN));
-    let write = Rma {
-        local: source.region(),
-        local_addr: source.addr_of(0),
-        len: 1,
-        remote_addr: target.region().remote_base(),
-        remote_key: target.region().key(),
-        dest: to_b,
-        imm: None,
-        context: 0,
-        flags: RmaFlags { more: false, delivery_complete: true },
-    };
-    let mut seen = [Vec::new(), Vec::new()];
-    post(&mut a.endpoint, &mut b.endpoint, &mut seen, |e| e.write(&write));
-    drive(&mut a.endpoint, &mut b.endpoint, &mut seen, [1, 0]);
-    assert_eq!(seen[0][0].error, None);
+    move_all(&mut a, &mut b, to_b, Op::Write, &list(&source, &target, &[(0, 0, 1)]), false);
     // Connected. Now the peer goes without looking at what comes.
-    assert_eq!(a.endpoint.write(&Rma { len: LEN, context: 1, ..write }).unwrap(), Posted::Yes);
+    a.endpoint.begin(1, list(&source, &target, &[(0, 0, LEN as u32)]), 0, to_b).unwrap();
+    assert_eq!(a.endpoint.post_slices(1, Op::Write, 0..1, 1, false).count, 1);
     assert!(a.endpoint.remove_address(to_b).is_err(), "in flight");
+    // Ended in flight, a share stays until its last completion.
+    a.endpoint.end(1);
+    assert_eq!(a.endpoint.in_flight_to(to_b).rma, 1);
     drop(b.endpoint);
     let mut failed = Vec::new();
     let start = Instant::now();
@@ -246,11 +260,13 @@ fn a_peer_that_goes_away_fails_what_is_in_flight() {
         a.endpoint.poll(&mut failed).unwrap();
         assert!(start.elapsed() < WAIT_MAX, "no completion");
     }
-    assert_eq!((failed[0].context, failed[0].is_tx()), (Some(1), true));
-    match &failed[0].error {
-        Some(error) => assert!(error.is_disconnect(), "{error:?}"),
+    match &failed[0] {
+        Completion::MoveFailed { share: 1, error } => assert!(error.is_disconnect(), "{error:?}"),
         // A NIC takes a write without its host's help.
-        None => assert!(!a.domain.device().provider().starts_with("tcp"), "the peer did not take it"),
+        Completion::Moved { share: 1, count: 1, .. } => {
+            assert!(!a.domain.device().provider().starts_with("tcp"), "the peer did not take it");
+        }
+        other => panic!("{other:?}"),
     }
     assert_eq!(a.endpoint.in_flight(), 0);
     assert!(a.endpoint.drain_events().is_empty());
@@ -284,8 +300,10 @@ fn a_dead_address_blocks_nobody_else() {
     }
     post(&mut a.endpoint, &mut b.endpoint, &mut seen, |e| e.send(&send));
     drive(&mut a.endpoint, &mut b.endpoint, &mut seen, [0, 1]);
-    assert!(seen[1][0].is_recv() && seen[1][0].error.is_none());
-    assert!(seen[0].iter().all(|c| c.error.is_none() || c.context == Some(0)), "{seen:?}");
+    assert!(matches!(seen[1][0], Completion::Received { .. }), "{seen:?}");
+    let ours =
+        |c: &Completion| matches!(c, Completion::Sent { buffer, error } if error.is_none() || *buffer == 0);
+    assert!(seen[0].iter().all(ours), "{seen:?}");
 }
 
 #[test]
@@ -314,7 +332,7 @@ fn a_file_descriptor_wakes_the_sleeper() {
             a.endpoint.poll(&mut seen).unwrap();
             assert!(start.elapsed() < WAIT_MAX);
         }
-        seen[0].error.clone()
+        seen.remove(0)
     });
     let mut seen = Vec::new();
     let start = Instant::now();
@@ -331,9 +349,9 @@ fn a_file_descriptor_wakes_the_sleeper() {
         }
         b.endpoint.poll(&mut seen).unwrap();
     }
-    assert!(seen[0].is_recv() && seen[0].error.is_none());
+    assert!(matches!(seen[0], Completion::Received { .. }), "{seen:?}");
     assert!(slept > 0);
-    assert_eq!(sender.join().unwrap(), None);
+    assert_eq!(sender.join().unwrap(), Completion::Sent { buffer: 0, error: None });
 }
 
 #[test]

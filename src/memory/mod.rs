@@ -8,9 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use crate::cuda::{Context, Cuda};
 use crate::error::{Error, Result};
 use crate::fabric::{Dmabuf, Hmem, MemoryRange, MemoryRegion, next_key};
-use crate::peer::Peer;
 use crate::rail::Rail;
-use crate::types::{Desc, MemKind, RailId};
+use crate::types::{AgentName, Desc, MemKind, PeerId, RailId};
 use crate::wire::PublicMetadata;
 
 /// Ranges at least this long are registered on several rails at once: pinning takes about 0.1 ms for each MiB.
@@ -253,9 +252,11 @@ impl Registration {
         self.in_use.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// A post that uses it is over.
+    /// A post that uses it is over. The last one closes a range whose deregistration did not wait for it.
     pub fn end_use(&self) {
-        self.in_use.fetch_sub(1, Ordering::AcqRel);
+        if self.in_use.fetch_sub(1, Ordering::SeqCst) == 1 && self.is_retired() {
+            self.close();
+        }
     }
 
     /// Posts in flight that use it.
@@ -287,39 +288,48 @@ impl Drop for Registration {
 }
 
 /// A range of a peer's memory.
+#[derive(Debug)]
 pub struct RemoteRegion {
     desc: Desc,
     kind: MemKind,
-    peer: Arc<Peer>,
+    agent: AgentName,
+    peer: PeerId,
     metadata: PublicMetadata,
+    is_staged: bool,
 }
 
 impl fmt::Display for RemoteRegion {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {:#x}+{} of {}", self.kind, self.desc.addr, self.desc.len, self.peer.name())
-    }
-}
-
-impl fmt::Debug for RemoteRegion {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
+        write!(f, "{} {:#x}+{} of {}", self.kind, self.desc.addr, self.desc.len, self.agent)
     }
 }
 
 impl RemoteRegion {
-    /// From what the peer said of it.
-    pub fn new(desc: Desc, kind: MemKind, peer: Arc<Peer>, metadata: PublicMetadata) -> Self {
-        Self { desc, kind, peer, metadata }
+    /// From what the peer said of it. One that `stages_vram` has its VRAM reached through its host memory.
+    pub fn new(
+        desc: Desc,
+        kind: MemKind,
+        agent: AgentName,
+        peer: PeerId,
+        stages_vram: bool,
+        metadata: PublicMetadata,
+    ) -> Self {
+        Self { desc, kind, agent, peer, metadata, is_staged: kind == MemKind::Vram && stages_vram }
     }
 
     /// Whether none of the peer's rails reaches it: GPU memory that moves by way of the peer's host memory.
     pub fn is_staged(&self) -> bool {
-        self.kind == MemKind::Vram && self.peer.stages_vram()
+        self.is_staged
     }
 
-    /// Whose it is.
-    pub fn peer(&self) -> &Arc<Peer> {
-        &self.peer
+    /// The connection that it is of.
+    pub fn peer(&self) -> PeerId {
+        self.peer
+    }
+
+    /// The range, as NIXL described it.
+    pub fn desc(&self) -> &Desc {
+        &self.desc
     }
 
     /// Keys, one for each of the peer's endpoints.

@@ -1,13 +1,14 @@
-//! Notifications: reassembly, the wait for a transfer's writes, ids, and the inbox. Pure state machines.
+//! Notifications: reassembly, numbers, and the inbox. Pure state machines.
 //!
-//! A notification comes out once, whole, and after the writes that it follows, in whatever order its fragments and
-//! those writes arrive. One [`Receiver`] serves one peer; the state of a peer ends with the peer.
+//! A notification comes out once and whole, in whatever order its fragments arrive. An agent of ours sends it when its data
+//! has arrived; a stock one does not wait, and its writes are counted here. One [`Receiver`] serves one peer; the state of
+//! a peer ends with the peer.
 #![forbid(unsafe_code)]
 
 mod assembly;
 mod ids;
 mod inbox;
-mod session;
+mod message;
 mod stock;
 
 use crate::error::Result;
@@ -15,9 +16,9 @@ use crate::types::AgentName;
 use crate::wire::{Fragment, StockFragment};
 
 use assembly::Budget;
-pub use ids::{ACK_EVERY, StockIds, WINDOW, WindowIds};
+pub use ids::StockIds;
 pub use inbox::{Inbox, Notification};
-use session::SessionReceiver;
+use message::MessageReceiver;
 use stock::StockReceiver;
 
 /// What one peer may make us hold.
@@ -37,7 +38,7 @@ pub struct Limits {
 pub struct Receiver {
     budget: Budget,
     stock: StockReceiver,
-    session: SessionReceiver,
+    messages: MessageReceiver,
 }
 
 impl Receiver {
@@ -46,13 +47,13 @@ impl Receiver {
         Self {
             budget: Budget::new(limits.pending_bytes_max),
             stock: StockReceiver::new(peer, limits.notif_bytes_max),
-            session: SessionReceiver::new(limits.notif_bytes_max),
+            messages: MessageReceiver::new(limits.notif_bytes_max),
         }
     }
 
-    /// Stock wire: one write of the transfer has arrived.
-    pub fn on_stock_immediate(&mut self, transfer_id: u16) -> Result<Option<Vec<u8>>> {
-        self.stock.on_immediate(transfer_id, &mut self.budget)
+    /// Stock wire: so many writes of the transfer have arrived.
+    pub fn on_stock_writes(&mut self, transfer_id: u16, count: u32) -> Result<Option<Vec<u8>>> {
+        self.stock.on_writes(transfer_id, count, &mut self.budget)
     }
 
     /// Stock wire: a fragment has arrived.
@@ -60,24 +61,9 @@ impl Receiver {
         self.stock.on_fragment(fragment, &mut self.budget)
     }
 
-    /// Version 2: one write of a transfer has arrived.
-    pub fn on_transfer_immediate(&mut self, id_low: u16) -> Option<Vec<u8>> {
-        self.session.on_immediate(id_low, &mut self.budget)
-    }
-
-    /// Version 2: a fragment has arrived.
+    /// Our wire: a fragment has arrived.
     pub fn on_fragment(&mut self, fragment: &Fragment<'_>) -> Result<Option<Vec<u8>>> {
-        self.session.on_fragment(fragment, &mut self.budget)
-    }
-
-    /// Version 2: a transfer has failed at its sender; its notification must not come out.
-    pub fn on_transfer_failed(&mut self, transfer_id: u64) -> Result<()> {
-        self.session.on_failed(transfer_id, &mut self.budget)
-    }
-
-    /// Version 2: the floor to acknowledge, once enough transfers are done since the last.
-    pub fn take_ack(&mut self) -> Option<u64> {
-        self.session.take_ack()
+        self.messages.on_fragment(fragment, &mut self.budget)
     }
 
     /// Bytes held for the peer, with the cost of keeping them.

@@ -171,10 +171,10 @@ impl StockReceiver {
         }
     }
 
-    pub(super) fn on_immediate(&mut self, id: u16, budget: &mut Budget) -> Result<Option<Vec<u8>>> {
+    pub(super) fn on_writes(&mut self, id: u16, count: u32, budget: &mut Budget) -> Result<Option<Vec<u8>>> {
         self.clock.saw(id);
         if id == 0 {
-            self.add_early_write(0);
+            self.add_early_writes(0, count);
             let writes = self.writes_so_far(0);
             let ready = self.loose.iter().position(|partial| partial.is_ready(writes));
             return ready.map(|at| self.deliver_loose(at, budget)).transpose();
@@ -183,13 +183,13 @@ impl StockReceiver {
             let partial = entry.get_mut();
             if !self.clock.is_past(partial.stamp) {
                 partial.stamp = self.clock.now;
-                partial.writes = partial.writes.saturating_add(1);
+                partial.writes = partial.writes.saturating_add(count);
                 let ready = partial.is_ready(partial.writes).then(|| entry.remove());
                 return ready.map(|partial| self.deliver(partial, budget)).transpose();
             }
             entry.remove().assembly.finish(budget);
         }
-        self.add_early_write(id);
+        self.add_early_writes(id, count);
         Ok(None)
     }
 
@@ -291,9 +291,8 @@ impl StockReceiver {
         if self.clock.is_past(entry.stamp) { 0 } else { entry.count }
     }
 
-    fn add_early_write(&mut self, id: u16) {
-        let count = self.writes_so_far(id).saturating_add(1);
-        self.set_early_writes(id, count);
+    fn add_early_writes(&mut self, id: u16, count: u32) {
+        self.set_early_writes(id, self.writes_so_far(id).saturating_add(count));
     }
 
     fn set_early_writes(&mut self, id: u16, count: u32) {

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 
 use super::*;
-use crate::wire::{Body, ControlMessage, FragmentCursor, StockFragmentCursor, Subject};
+use crate::wire::{Body, ControlMessage, FragmentCursor, StockFragmentCursor};
 
 const NAME: &str = "peer";
 const LIMITS: Limits = Limits { notif_bytes_max: 1 << 20, pending_bytes_max: 1 << 30 };
@@ -19,7 +19,6 @@ fn receiver() -> Receiver {
 enum Event {
     Write(u64),
     Fragment(Vec<u8>),
-    Failed(u64),
 }
 
 fn stock_fragments(id: u16, expected: u32, message: &[u8]) -> Vec<Vec<u8>> {
@@ -28,8 +27,8 @@ fn stock_fragments(id: u16, expected: u32, message: &[u8]) -> Vec<Vec<u8>> {
     std::iter::from_fn(|| cursor.next_into(&mut buffer).then(|| buffer.clone())).collect()
 }
 
-fn fragments(subject: Subject, message: &[u8], control_bytes_max: u32) -> Vec<Vec<u8>> {
-    let mut cursor = FragmentCursor::new(1, subject, message.to_vec(), control_bytes_max).unwrap();
+fn fragments(id: u64, message: &[u8], control_bytes_max: u32) -> Vec<Vec<u8>> {
+    let mut cursor = FragmentCursor::new(1, id, message.to_vec(), control_bytes_max).unwrap();
     let mut buffer = Vec::new();
     std::iter::from_fn(|| cursor.next_into(&mut buffer).then(|| buffer.clone())).collect()
 }
@@ -78,19 +77,11 @@ fn run(
         let out = match event {
             Event::Write(id) => {
                 *writes.entry(*id).or_default() += 1;
-                if stock {
-                    receiver.on_stock_immediate(*id as u16).unwrap()
-                } else {
-                    receiver.on_transfer_immediate(WindowIds::low(*id))
-                }
+                receiver.on_stock_writes(*id as u16, 1).unwrap()
             }
             // A stock fragment that comes twice is refused; one of ours is passed over.
             Event::Fragment(bytes) if stock => on_stock(receiver, bytes).unwrap_or(None),
             Event::Fragment(bytes) => on_v2(receiver, bytes).unwrap(),
-            Event::Failed(id) => {
-                receiver.on_transfer_failed(*id).unwrap();
-                None
-            }
         };
         if let Some(message) = out {
             let (id, expected) = expected[&message];
@@ -105,38 +96,36 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
     #[test]
-    fn v2_delivers_once_whole_and_after_the_writes(
-        transfers in vec((0u32..8, 0usize..400, any::<bool>()), 1..30),
-        alone in vec(0usize..400, 0..20),
+    fn ours_come_once_and_whole(
+        lens in vec(0usize..400, 1..40),
         keys in vec(any::<Index>(), 64),
-        again in vec(any::<Index>(), 0..20),
+        again in vec(any::<Index>(), 0..5),
     ) {
         let mut events = Vec::new();
         let mut expected = BTreeMap::new();
-        let mut failed = 0;
-        let mut ids = WindowIds::new();
-        for (writes, len, fails) in transfers {
-            let id = ids.allocate().unwrap();
-            let text = message(id, len);
-            let subject = Subject::Transfer { id, expected_writes: writes + u32::from(fails) };
-            events.extend(fragments(subject, &text, 100).into_iter().map(Event::Fragment));
-            events.extend((0..writes).map(|_| Event::Write(id)));
-            if fails {
-                events.push(Event::Failed(id));
-                failed += 1;
-            } else {
-                expected.insert(text, (id, writes));
-            }
-        }
-        for (at, len) in alone.into_iter().enumerate() {
+        for (at, len) in lens.into_iter().enumerate() {
             let id = at as u64 + 1;
-            let text = message(id << 32, len);
-            events.extend(fragments(Subject::Message(id), &text, 100).into_iter().map(Event::Fragment));
+            let text = message(id, len);
+            events.extend(fragments(id, &text, 100).into_iter().map(Event::Fragment));
             expected.insert(text, (0, 0));
         }
+        // A fragment may be seen twice while its notification is unfinished.
+        let events = shuffled(events, &keys, &[]);
+        let mut repeated = Vec::new();
+        for (at, event) in events.iter().enumerate() {
+            repeated.push(event.clone());
+            let id = |event: &Event| match event {
+                Event::Fragment(bytes) => bytes[12..20].to_vec(),
+                Event::Write(_) => unreachable!("there are none"),
+            };
+            let unfinished = events[at + 1..].iter().any(|other| id(other) == id(event));
+            if unfinished && again.iter().any(|index| index.index(events.len()) == at) {
+                repeated.push(event.clone());
+            }
+        }
         let mut receiver = receiver();
-        let delivered = run(&mut receiver, &shuffled(events, &keys, &again), &expected, false);
-        prop_assert_eq!(delivered.len(), expected.len(), "{} failed", failed);
+        let delivered = run(&mut receiver, &repeated, &expected, false);
+        prop_assert_eq!(delivered.len(), expected.len());
         prop_assert!(delivered.values().all(|count| *count == 1));
         prop_assert_eq!(receiver.buffered_bytes(), 0);
     }
@@ -194,7 +183,7 @@ proptest! {
 
     #[test]
     fn hostile_peers_stay_within_their_budget(
-        events in vec((0u8..5, any::<u16>(), 0u16..6, 0u16..6, 0usize..100, 0u32..300, 0u32..300), 0..300),
+        events in vec((0u8..3, any::<u16>(), 0u16..6, 0u16..6, 0usize..100, 0u32..300, 0u32..300), 0..300),
     ) {
         let limits = Limits { notif_bytes_max: 200, pending_bytes_max: 3000 };
         let mut receiver = Receiver::new(NAME.into(), limits);
@@ -203,9 +192,8 @@ proptest! {
             let small = u64::from(id % 8);
             let mut bytes = Vec::new();
             let out = match kind {
-                0 => receiver.on_stock_immediate(id % 8).unwrap_or(None),
-                1 => receiver.on_transfer_immediate(id % immediate_ids()),
-                2 => {
+                0 => receiver.on_stock_writes(id % 8, total).unwrap_or(None),
+                1 => {
                     bytes.extend([id % 8, index, count].map(u16::to_le_bytes).concat());
                     bytes.extend((len as u32).to_le_bytes());
                     if index == 0 {
@@ -216,21 +204,10 @@ proptest! {
                     bytes.extend(&payload);
                     on_stock(&mut receiver, &bytes).unwrap_or(None)
                 }
-                3 => {
-                    let fragment = Fragment {
-                        message_id: if index > 2 { small } else { 0 },
-                        transfer_id: if index > 2 { 0 } else { small },
-                        expected_writes: u32::from(count),
-                        total_len: total,
-                        offset,
-                        payload: &payload,
-                    };
+                _ => {
+                    let fragment = Fragment { message_id: small, total_len: total, offset, payload: &payload };
                     ControlMessage { session: 1, body: Body::Fragment(fragment) }.encode_into(&mut bytes);
                     if ControlMessage::decode(&bytes).is_ok() { on_v2(&mut receiver, &bytes).unwrap_or(None) } else { None }
-                }
-                _ => {
-                    let _ = receiver.on_transfer_failed(u64::from(id));
-                    None
                 }
             };
             prop_assert!(out.is_none_or(|message| message.len() <= 200));
@@ -239,15 +216,11 @@ proptest! {
     }
 }
 
-fn immediate_ids() -> u16 {
-    crate::wire::immediate::ID_LOW_COUNT
-}
-
 /// Whether something of the same notification is still to come.
 fn is_unfinished(event: &Event, rest: &[Event]) -> bool {
     let id = |event: &Event| match event {
         Event::Fragment(bytes) => u64::from(u16::from_le_bytes([bytes[0], bytes[1]])),
-        Event::Write(id) | Event::Failed(id) => *id,
+        Event::Write(id) => *id,
     };
     matches!(event, Event::Fragment(_)) && rest.iter().any(|other| id(other) == id(event))
 }
@@ -258,13 +231,13 @@ fn a_count_left_by_writes_without_notification_is_forgotten_when_its_number_retu
     // A whole turn of transfers of two writes each, none with a notification.
     for id in 1..=u16::MAX {
         for _ in 0..2 {
-            assert_eq!(receiver.on_stock_immediate(id).unwrap(), None);
+            assert_eq!(receiver.on_stock_writes(id, 1).unwrap(), None);
         }
     }
     let [bytes] = &stock_fragments(5, 2, b"after two")[..] else { panic!("one fragment") };
-    assert_eq!(receiver.on_stock_immediate(5).unwrap(), None);
+    assert_eq!(receiver.on_stock_writes(5, 1).unwrap(), None);
     assert_eq!(on_stock(&mut receiver, bytes).unwrap(), None, "one of two writes has arrived");
-    assert_eq!(receiver.on_stock_immediate(5).unwrap(), Some(b"after two".to_vec()));
+    assert_eq!(receiver.on_stock_writes(5, 1).unwrap(), Some(b"after two".to_vec()));
 }
 
 #[test]
@@ -272,9 +245,9 @@ fn a_notification_whose_writes_never_came_makes_way_when_its_number_returns() {
     let mut receiver = receiver();
     assert_eq!(on_stock(&mut receiver, &stock_fragments(9, 3, b"lost")[0]).unwrap(), None);
     for id in 10..60_000 {
-        receiver.on_stock_immediate(id).unwrap();
+        receiver.on_stock_writes(id, 1).unwrap();
     }
-    receiver.on_stock_immediate(9).unwrap();
+    receiver.on_stock_writes(9, 1).unwrap();
     assert_eq!(on_stock(&mut receiver, &stock_fragments(9, 1, b"new")[0]).unwrap(), Some(b"new".to_vec()));
     assert_eq!(receiver.buffered_bytes(), 0);
 }
@@ -282,8 +255,8 @@ fn a_notification_whose_writes_never_came_makes_way_when_its_number_returns() {
 #[test]
 fn a_stand_alone_notification_ages_nothing() {
     let mut receiver = receiver();
-    receiver.on_stock_immediate(30_000).unwrap();
-    receiver.on_stock_immediate(32_769).unwrap();
+    receiver.on_stock_writes(30_000, 1).unwrap();
+    receiver.on_stock_writes(32_769, 1).unwrap();
     on_stock(&mut receiver, &stock_fragments(0, 0, b"alone")[0]).unwrap();
     let out = on_stock(&mut receiver, &stock_fragments(30_000, 1, b"soon after")[0]).unwrap();
     assert_eq!(out, Some(b"soon after".to_vec()));
@@ -310,8 +283,8 @@ fn a_stock_transfer_may_have_number_zero() {
         on_stock(&mut receiver, &stock_fragments(0, 0, b"alone")[0]).unwrap(),
         Some(b"alone".to_vec())
     );
-    assert_eq!(receiver.on_stock_immediate(0).unwrap(), None);
-    assert_eq!(receiver.on_stock_immediate(0).unwrap(), Some(b"wrapped".to_vec()));
+    assert_eq!(receiver.on_stock_writes(0, 1).unwrap(), None);
+    assert_eq!(receiver.on_stock_writes(0, 1).unwrap(), Some(b"wrapped".to_vec()));
     assert_eq!(receiver.buffered_bytes(), 0);
 }
 
@@ -323,15 +296,18 @@ fn a_notification_in_somebody_elses_name_is_dropped() {
 }
 
 #[test]
-fn an_empty_message_comes_out_once() {
+fn an_empty_message_comes_out() {
     let mut receiver = receiver();
-    let bytes = &fragments(Subject::Transfer { id: 1, expected_writes: 1 }, b"", 100)[0];
-    for _ in 0..3 {
-        assert_eq!(on_v2(&mut receiver, bytes).unwrap(), None);
-    }
-    assert_eq!(receiver.on_transfer_immediate(1), Some(Vec::new()));
-    assert_eq!(on_v2(&mut receiver, bytes).unwrap(), None);
+    assert_eq!(on_v2(&mut receiver, &fragments(1, b"", 100)[0]).unwrap(), Some(Vec::new()));
     assert_eq!(receiver.buffered_bytes(), 0);
+}
+
+#[test]
+fn writes_that_come_together_count_as_many() {
+    let mut receiver = receiver();
+    assert_eq!(on_stock(&mut receiver, &stock_fragments(7, 5, b"five")[0]).unwrap(), None);
+    assert_eq!(receiver.on_stock_writes(7, 4).unwrap(), None);
+    assert_eq!(receiver.on_stock_writes(7, 1).unwrap(), Some(b"five".to_vec()));
 }
 
 #[test]
@@ -339,14 +315,7 @@ fn a_large_announcement_alone_allocates_nothing() {
     let mut receiver =
         Receiver::new(NAME.into(), Limits { notif_bytes_max: u64::MAX, pending_bytes_max: 1 << 12 });
     let payload = [1];
-    let fragment = |offset| Fragment {
-        message_id: 1,
-        transfer_id: 0,
-        expected_writes: 0,
-        total_len: u32::MAX,
-        offset,
-        payload: &payload,
-    };
+    let fragment = |offset| Fragment { message_id: 1, total_len: u32::MAX, offset, payload: &payload };
     assert_eq!(receiver.on_fragment(&fragment(0)).unwrap(), None);
     assert_eq!(receiver.on_fragment(&fragment(u32::MAX - 1)).unwrap(), None);
     assert!(receiver.buffered_bytes() < 1 << 12);
@@ -357,60 +326,8 @@ fn a_message_above_the_limit_is_refused() {
     let limits = Limits { notif_bytes_max: 10_000, pending_bytes_max: 1 << 20 };
     let mut receiver = Receiver::new(NAME.into(), limits);
     assert!(on_stock(&mut receiver, &stock_fragments(1, 0, &[0; 10_001])[0]).is_err());
-    assert!(on_v2(&mut receiver, &fragments(Subject::Message(1), &[0; 10_001], 8192)[0]).is_err());
+    assert!(on_v2(&mut receiver, &fragments(1, &[0; 10_001], 8192)[0]).is_err());
     assert_eq!(receiver.buffered_bytes(), 0);
-}
-
-#[test]
-fn the_window_moves_with_acknowledgements_for_ever() {
-    let mut receiver = receiver();
-    let mut ids = WindowIds::new();
-    let mut buffer = Vec::new();
-    for round in 1..=(u64::from(immediate_ids()) * 3) {
-        let id = ids.allocate().expect("the receiver acknowledges in time");
-        assert_eq!(id, round);
-        assert_eq!(receiver.on_transfer_immediate(WindowIds::low(id)), None);
-        let text = message(id, 0);
-        let subject = Subject::Transfer { id, expected_writes: 1 };
-        FragmentCursor::new(1, subject, text.clone(), 8192).unwrap().next_into(&mut buffer);
-        assert_eq!(on_v2(&mut receiver, &buffer).unwrap(), Some(text));
-        if let Some(floor) = receiver.take_ack() {
-            ids.acknowledge(floor).unwrap();
-        }
-    }
-}
-
-#[test]
-fn without_acknowledgements_the_window_closes() {
-    let mut ids = WindowIds::new();
-    assert_eq!(std::iter::from_fn(|| ids.allocate()).count() as u64, WINDOW);
-    assert!(ids.acknowledge(WINDOW + 2).is_err());
-    ids.acknowledge(3).unwrap();
-    ids.acknowledge(2).unwrap();
-    assert_eq!(std::iter::from_fn(|| ids.allocate()).count(), 2);
-}
-
-#[test]
-fn late_writes_of_a_failed_transfer_touch_no_other() {
-    let mut receiver = receiver();
-    let mut ids = WindowIds::new();
-    let failed = ids.allocate().unwrap();
-    receiver.on_transfer_failed(failed).unwrap();
-    for _ in 0..WINDOW - 1 {
-        let id = ids.allocate().unwrap();
-        assert_eq!(receiver.on_transfer_immediate(WindowIds::low(failed)), None);
-        let bytes = &fragments(Subject::Transfer { id, expected_writes: 1 }, b"x", 100)[0];
-        assert_eq!(on_v2(&mut receiver, bytes).unwrap(), None, "its own write is still to come");
-        assert_eq!(receiver.on_transfer_immediate(WindowIds::low(id)), Some(b"x".to_vec()));
-    }
-}
-
-#[test]
-fn a_transfer_beyond_the_window_is_refused() {
-    let mut receiver = receiver();
-    assert!(receiver.on_transfer_failed(WINDOW + 1).is_err());
-    assert!(receiver.on_transfer_failed(u64::MAX).is_err());
-    assert!(receiver.on_transfer_failed(WINDOW).is_ok());
 }
 
 #[test]

@@ -1,12 +1,11 @@
 //! The handshake with one peer, as a pure state machine.
 //!
-//! Each side numbers its connection to the other with a session, a number that only grows; what it counts for
-//! the other (transfers, messages) starts anew with each. A hello that the other side has not seen is always answered, also on a
+//! Each side numbers its connection to the other with a session, a number that only grows: what was said under an earlier
+//! one is told by it. A hello that the other side has not seen is always answered, also on a
 //! link that works: the other may have removed and added us again. Nothing is sent under a session before the other
-//! side has named it: what came earlier than the hello that announces it could only be dropped, or be counted for the
-//! session before, and on EFA it does come earlier. A stock peer has no sessions; it wants an answer when its hello
-//! carries connection info. Its numbers go on whatever becomes of the link: it draws them from one counter for all its
-//! peers, for as long as its process lives.
+//! side has named it: what came earlier than the hello that announces it could only be dropped, and on EFA it does come
+//! earlier. A stock peer has no sessions; it wants an answer when its hello carries connection info. Its numbers go on
+//! whatever becomes of the link: it draws them from one counter for all its peers, for as long as its process lives.
 
 use crate::wire::{Handshake, HandshakeExtension};
 
@@ -35,10 +34,8 @@ pub struct Link {
 pub struct Reaction {
     /// Send a handshake.
     pub answer: bool,
-    /// The peer's numbers start anew: forget what was received of the earlier session.
+    /// The peer has begun a new session: forget what is unfinished of the earlier one.
     pub receive_anew: bool,
-    /// Our numbers start anew.
-    pub send_anew: bool,
 }
 
 impl Link {
@@ -62,12 +59,6 @@ impl Link {
         self.session
     }
 
-    /// Ends our session in favour of a fresh one, which the peer is to be told.
-    pub fn begin_anew(&mut self, fresh_session: u64) {
-        self.session = fresh_session;
-        self.confirmed = false;
-    }
-
     /// What the peer told us, once it has.
     pub fn theirs(&self) -> Option<Theirs> {
         self.theirs
@@ -85,7 +76,7 @@ impl Link {
     }
 
     /// Takes in the peer's handshake.
-    pub fn on_hello(&mut self, hello: &Handshake, fresh_session: impl FnOnce() -> u64) -> Reaction {
+    pub fn on_hello(&mut self, hello: &Handshake) -> Reaction {
         let Some(extension) = hello.extension else {
             self.theirs = Some(Theirs { session: 0, index: hello.index });
             self.confirmed = true;
@@ -104,16 +95,12 @@ impl Link {
             self.confirmed |= names_ours;
             return Reaction { answer: extension.answer_wanted || names_older, ..Reaction::default() };
         }
-        // A newer session is taken whatever it names: passed over on both sides, two of them would be said for ever.
-        // What was sent under a session is counted there. The peer starts counting anew, so our numbers do, too.
-        let send_anew = self.confirmed;
-        if send_anew {
-            self.session = fresh_session();
-        }
+        // A newer session is taken whatever it names: passed over on both sides, two of them would be said for ever. The
+        // peer has begun anew, and knows our session only if it names it.
         let receive_anew = self.theirs.is_some();
         self.theirs = Some(Theirs { session: extension.session, index: hello.index });
-        self.confirmed = names_ours && !send_anew;
-        Reaction { answer: extension.answer_wanted || !self.confirmed, receive_anew, send_anew }
+        self.confirmed = names_ours;
+        Reaction { answer: extension.answer_wanted || !self.confirmed, receive_anew }
     }
 }
 
@@ -163,13 +150,6 @@ mod tests {
             self.say(who);
         }
 
-        /// As after a report that could not be sent.
-        fn begin_anew(&mut self, who: usize) {
-            self.sessions += 1;
-            self.links[who].begin_anew(self.sessions);
-            self.say(who);
-        }
-
         fn deliver(&mut self, to: usize, which: usize, again: bool) {
             let queue = &mut self.in_flight[to];
             if queue.is_empty() {
@@ -177,11 +157,7 @@ mod tests {
             }
             let at = which % queue.len();
             let hello = if again { queue[at].clone() } else { queue.remove(at).unwrap() };
-            let sessions = &mut self.sessions;
-            let reaction = self.links[to].on_hello(&hello, || {
-                *sessions += 1;
-                *sessions
-            });
+            let reaction = self.links[to].on_hello(&hello);
             if reaction.answer {
                 self.say(to);
             }
@@ -199,7 +175,6 @@ mod tests {
                 match what {
                     0 => pair.remove_and_add(who),
                     1 => pair.deliver(who, which, true),
-                    2 => pair.begin_anew(who),
                     _ => pair.deliver(who, which, false),
                 }
             }
@@ -226,12 +201,12 @@ mod tests {
             extension: Some(HandshakeExtension { session, peer_session, answer_wanted: true }),
         };
         let mut links = [Link::new(13), Link::new(12)];
-        links[0].on_hello(&hello(9, 0), || unreachable!());
-        links[1].on_hello(&hello(11, 0), || unreachable!());
+        links[0].on_hello(&hello(9, 0));
+        links[1].on_hello(&hello(11, 0));
         let mut to = 1;
         for _ in 0..10 {
             let said = Handshake { extension: Some(links[1 - to].extension()), ..hello(1, 0) };
-            if !links[to].on_hello(&said, || unreachable!()).answer {
+            if !links[to].on_hello(&said).answer {
                 break;
             }
             to = 1 - to;
@@ -243,20 +218,20 @@ mod tests {
     fn a_stock_hello_is_answered_when_it_brings_its_address() {
         let mut link = Link::new(1);
         let mut hello = Handshake { index: 7, name: b"s".to_vec(), conn: None, extension: None };
-        assert_eq!(link.on_hello(&hello, || 2), Reaction::default());
+        assert_eq!(link.on_hello(&hello), Reaction::default());
         assert_eq!(link.theirs(), Some(Theirs { session: 0, index: 7 }));
         hello.conn = Some(vec![1]);
-        assert!(link.on_hello(&hello, || 2).answer);
+        assert!(link.on_hello(&hello).answer);
     }
 
     #[test]
     fn a_stock_peer_that_adds_us_again_keeps_what_it_has_sent() {
         let mut link = Link::new(1);
         let mut hello = Handshake { index: 7, name: b"s".to_vec(), conn: Some(vec![1]), extension: None };
-        link.on_hello(&hello, || 2);
+        link.on_hello(&hello);
         hello.index = 8;
         let answer_only = Reaction { answer: true, ..Reaction::default() };
-        assert_eq!(link.on_hello(&hello, || 2), answer_only);
+        assert_eq!(link.on_hello(&hello), answer_only);
         assert_eq!(link.ready(), Some(Theirs { session: 0, index: 8 }));
     }
 
@@ -266,7 +241,7 @@ mod tests {
         assert_eq!(link.ready(), Some(Theirs { session: 0, index: 7 }));
         assert!(link.wants_conn(), "it may have removed us meanwhile");
         let hello = Handshake { index: 8, name: b"s".to_vec(), conn: None, extension: None };
-        assert_eq!(link.on_hello(&hello, || 2), Reaction::default());
+        assert_eq!(link.on_hello(&hello), Reaction::default());
         assert_eq!(link.ready(), Some(Theirs { session: 0, index: 8 }));
         assert!(!link.wants_conn());
     }

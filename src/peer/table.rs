@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::former::FormerPeers;
-use super::{Local, Peer};
+use super::{Local, Peer, Released};
 use crate::error::{Error, Result, Status};
 use crate::types::AgentName;
 use crate::wire::ConnectionInfo;
@@ -55,20 +55,21 @@ impl PeerTable {
     }
 
     /// Takes in connection info: of the user (`loaded`), or of a hello. A peer that is known with the same
-    /// endpoints stays as it is; one with others is a new run of the agent, and the old peer is closed. A hello of
-    /// the old run may come after that, and is refused.
+    /// endpoints stays as it is; one with others is a new run of the agent, and the old peer is closed: what waited for it comes
+    /// back. A hello of the old run may come after that, and is refused.
     pub fn load(
         &self,
         name: &AgentName,
         info: ConnectionInfo,
         loaded: bool,
         local: &Arc<Local>,
-    ) -> Result<Arc<Peer>> {
+    ) -> Result<(Arc<Peer>, Released)> {
         let mut inner = self.write();
+        let mut released = Released::default();
         if let Some(peer) = inner.by_name.get(name) {
             if peer.info.endpoints == info.endpoints {
                 peer.loaded.fetch_or(loaded, std::sync::atomic::Ordering::Relaxed);
-                return Ok(Arc::clone(peer));
+                return Ok((Arc::clone(peer), released));
             }
             // A handshake in the name of a peer that speaks our wire, from somebody who does not: not that peer.
             if !loaded && peer.info.extension.is_some() && info.extension.is_none() {
@@ -81,7 +82,7 @@ impl PeerTable {
             }
             log::info!("{name} has new endpoints: it was started anew, transfers with its former run fail");
             let peer = Arc::clone(peer);
-            inner.remove(
+            released = inner.remove(
                 &peer,
                 &Error::disconnected(format!("{name} was started anew; load its new metadata")),
             );
@@ -94,7 +95,7 @@ impl PeerTable {
         let peer = Arc::new(Peer::new(name.clone(), index, info, loaded, former, local));
         inner.by_index[index as usize] = Some(Arc::clone(&peer));
         inner.by_name.insert(name.clone(), Arc::clone(&peer));
-        Ok(peer)
+        Ok((peer, released))
     }
 
     /// Takes note of a stock peer's hello without connection info, if that peer was removed here.
@@ -103,11 +104,10 @@ impl PeerTable {
     }
 
     /// Removes a peer; its index rests before somebody else gets it.
-    pub fn remove(&self, name: &AgentName) -> Option<Arc<Peer>> {
+    pub fn remove(&self, name: &AgentName) -> Option<Released> {
         let mut inner = self.write();
         let peer = inner.by_name.get(name).cloned()?;
-        inner.remove(&peer, &Error::disconnected(format!("{name} was removed")));
-        Some(peer)
+        Some(inner.remove(&peer, &Error::disconnected(format!("{name} was removed"))))
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Inner> {
@@ -120,16 +120,17 @@ impl PeerTable {
 }
 
 impl Inner {
-    fn remove(&mut self, peer: &Arc<Peer>, why: &Error) {
+    fn remove(&mut self, peer: &Arc<Peer>, why: &Error) -> Released {
         self.by_name.remove(&peer.name);
         self.lingering.push_back(peer.index);
         if self.lingering.len() > LINGERING_MAX {
             self.forget_oldest();
         }
-        peer.close(why);
+        let released = peer.close(why);
         if let Some(agreement) = peer.agreement() {
             self.former.keep(peer.name.clone(), agreement);
         }
+        released
     }
 
     fn forget_oldest(&mut self) -> bool {

@@ -1,8 +1,8 @@
 //! What the owner of a rail does with it.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_queue::SegQueue;
@@ -11,11 +11,13 @@ use slab::Slab;
 use super::destination::{DestinationKey, Destinations};
 use super::message::Messages;
 use super::receive::Receives;
-use super::run::Run;
-use super::{Command, Counters, Destination, MESSAGE_BYTES_MAX, RailEvents, RailLimits};
+use super::window::Window;
+use super::work::{Invitation, Work};
+use super::{Command, Counters, Destination, Event, MESSAGE_BYTES_MAX, RailLimits, Totals};
 use crate::error::{Error, Result};
 use crate::fabric::{
-    Completion, Device, Domain, Endpoint, EndpointOptions, MemoryRegion, Posted, Rma, RmaFlags, efa, next_key,
+    BATCH_WRITES_MAX, Completion, Device, Domain, Endpoint, EndpointOptions, MemoryRegion, Posted, efa,
+    next_key,
 };
 use crate::types::{Op, RailId};
 
@@ -29,34 +31,29 @@ const POLLS_PER_TURN: usize = 8;
 /// How often peers that never answer are looked for.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
-struct Active {
-    run: Run,
+/// What the rail does of one piece of work. The endpoint knows it by the same number, from the first claim of
+/// operations until none is held any more.
+struct Share {
+    work: Arc<Work>,
+    lane: u16,
     destination: DestinationKey,
-    /// Next slice to post.
-    cursor: u32,
-    /// Operations in flight.
-    in_flight: u32,
-    /// Nothing more is posted: an operation failed, or the owner stopped the transfer.
-    stopped: bool,
-    /// It stands in the queue of runs with slices left to post.
+    shared: bool,
+    /// Operations claimed and not posted.
+    claimed: Range<u32>,
+    /// Operations posted and not settled. The endpoint counts those in flight; of some it may have told already what was
+    /// not looked at yet.
+    posted: u32,
+    /// Bytes posted and not completed.
+    bytes: u64,
+    /// It stands in the queue of shares with something to claim or to post.
     queued: bool,
-}
-
-impl Active {
-    fn is_posted(&self) -> bool {
-        self.stopped || self.cursor == self.run.range.end
-    }
-}
-
-#[derive(Clone, Copy)]
-struct Operation {
-    run: usize,
-    len: u64,
+    /// It ran dry at least once.
+    dry: bool,
 }
 
 enum Turn {
-    /// Nothing is left to post.
-    Posted,
+    /// Nothing is left to post, for now or for good.
+    Rests,
     /// The provider or the credits put it off.
     Blocked,
     /// Its share of this turn is used up.
@@ -70,20 +67,23 @@ pub(super) struct Core {
     device: Device,
     limits: RailLimits,
     counters: Arc<Counters>,
+    totals: Totals,
     receives: Receives,
     messages: Messages,
     destinations: Destinations,
-    runs: Slab<Active>,
-    /// Runs with slices left to post.
+    window: Window,
+    shares: Slab<Share>,
+    /// Shares with something to claim or to post.
     turns: VecDeque<usize>,
-    operations: Vec<Option<Operation>>,
-    operation_base: u32,
-    free: Vec<u32>,
     completions: Vec<Completion>,
+    /// Whether several writes may share a doorbell, to peers that have been reached.
+    batches: bool,
     /// The time at the start of this turn.
     now: Instant,
     /// When it was last looked for peers that never answer.
     looked: Instant,
+    /// Since when a batch is open.
+    open_since: Option<Instant>,
     /// Why the rail no longer works.
     broken: Option<Error>,
 }
@@ -96,23 +96,26 @@ impl Core {
         limits: &RailLimits,
         counters: Arc<Counters>,
     ) -> Result<Self> {
+        let batches = efa::batches_writes(device, domain.library().version());
         let operations = match limits.operations_max {
+            // A batch must not be put off in the middle: the other half of the queue is for messages and for what the
+            // provider sends by itself.
+            0 if batches => (device.tx_size() as u32 / 2).clamp(1, OPERATIONS_MAX),
             0 => (device.tx_size() as u32).clamp(OPERATIONS_MIN, OPERATIONS_MAX),
             n => n,
         };
-        let message_base = limits.receive_buffers;
-        let operation_base = message_base + limits.send_buffers;
-        let contexts = operation_base + operations;
+        let buffers = limits.receive_buffers + limits.send_buffers;
         let mut endpoint = Endpoint::open(
             domain,
             device,
             &EndpointOptions {
                 cq_entries: if limits.cq_entries == 0 {
-                    contexts as usize
+                    (buffers + operations) as usize
                 } else {
                     limits.cq_entries as usize
                 },
-                context_count: contexts,
+                buffers,
+                operations,
                 rx_size: efa::rx_size(device, limits.receive_buffers),
                 want_wait_fd: limits.want_wait_fd,
                 gpu_by_nic: limits.gpu_by_nic,
@@ -123,7 +126,7 @@ impl Core {
         let messages = Messages::new(
             domain,
             limits.send_buffers,
-            message_base,
+            limits.receive_buffers,
             next_key(),
             efa::numbers_messages(device),
         )?;
@@ -132,22 +135,23 @@ impl Core {
         }
         receives.post(&mut endpoint)?;
         Ok(Self {
+            batches,
             endpoint,
             id,
             device: device.clone(),
             limits: limits.clone(),
             counters,
+            totals: Totals::default(),
             receives,
             messages,
             destinations: Destinations::default(),
-            runs: Slab::new(),
+            window: Window::default(),
+            shares: Slab::new(),
             turns: VecDeque::new(),
-            operations: vec![None; operations as usize],
-            operation_base,
-            free: (0..operations).rev().collect(),
             completions: Vec::with_capacity(64),
             now: Instant::now(),
             looked: Instant::now(),
+            open_since: None,
             broken: None,
         })
     }
@@ -174,95 +178,83 @@ impl Core {
         !self.turns.is_empty() || self.messages.has_unsent()
     }
 
+    /// Whether nothing is queued or in flight (receives do not count).
+    pub fn is_idle(&self) -> bool {
+        self.shares.is_empty() && self.messages.is_empty()
+    }
+
     pub fn try_wait(&mut self) -> bool {
         !self.has_backlog() && self.endpoint.try_wait()
     }
 
-    /// One turn: new work, completions, receives, messages, runs. Returns how many events it handled.
-    pub fn drive(
-        &mut self,
-        inbox: &SegQueue<Command>,
-        unfinished: &AtomicUsize,
-        events: &dyn RailEvents,
-    ) -> usize {
+    /// One turn: new work, completions, receives, messages, shares. Appends what happened that concerns others, and
+    /// returns how many events it handled. Without `room`, no further messages are received.
+    pub fn drive(&mut self, inbox: &SegQueue<Command>, room: bool, events: &mut Vec<Event>) -> usize {
         self.now = Instant::now();
-        let (mut finished, mut handled) = self.take_in(inbox);
-        handled += self.poll(events, &mut finished);
+        let mut handled = self.take_in(inbox, events);
+        if !self.close_batch(events) {
+            return handled;
+        }
+        handled += self.poll(events);
         // A user who never takes notifications is met by senders who wait, not by memory that fills up.
         if self.broken.is_none()
-            && events.has_room()
+            && room
             && let Err(e) = self.receives.post(&mut self.endpoint)
         {
-            self.break_down(e, &mut finished);
+            self.break_down(e, events);
         }
         if self.broken.is_none() {
-            let (posted, ended) = self.messages.post(
+            handled += self.messages.post(
                 &mut self.endpoint,
                 &mut self.destinations,
                 self.now,
                 self.limits.stall_timeout,
+                events,
             );
-            handled += posted + ended;
-            finished += ended;
-            handled += self.post_runs(&mut finished);
-            self.fail_never_met();
+            handled += self.post_shares(events);
+            self.fail_never_met(events);
         }
-        if finished > 0 {
-            unfinished.fetch_sub(finished, Ordering::AcqRel);
+        if handled > 0 {
+            self.counters.publish(&self.totals);
         }
         handled
     }
 
-    /// Takes in what was left for the rail. Returns how much of it is finished already, and how many events that was.
-    fn take_in(&mut self, inbox: &SegQueue<Command>) -> (usize, usize) {
-        let (mut finished, mut admitted) = (0, 0);
+    /// Takes in what was left for the rail. Returns how many events that was.
+    fn take_in(&mut self, inbox: &SegQueue<Command>, events: &mut Vec<Event>) -> usize {
+        let mut handled = 0;
         for _ in 0..COMMANDS_PER_TURN {
             let Some(command) = inbox.pop() else { break };
-            let name = match &command {
-                Command::Run(run) => &run.destination,
-                Command::Message(message) => &message.destination,
-                Command::Admit(endpoints, then) => {
-                    self.admit(endpoints);
-                    then.on_admitted();
-                    finished += 1;
-                    admitted += 1;
-                    continue;
+            match command {
+                Command::Admit(endpoints, tag) => {
+                    self.admit(&endpoints);
+                    events.push(Event::Admitted { tag });
+                    handled += 1;
                 }
-            };
-            let destination = match &self.broken {
-                Some(e) => Err(e.clone()),
-                None => self.destinations.acquire(name, &mut self.endpoint),
-            };
-            match (command, destination) {
-                (Command::Run(run), Ok(destination)) => {
-                    let cursor = run.range.start;
-                    let active =
-                        Active { run, destination, cursor, in_flight: 0, stopped: false, queued: true };
-                    let key = self.runs.insert(active);
-                    self.turns.push_back(key);
-                }
-                (Command::Message(message), Ok(destination)) => {
-                    if let Some(deaf) = self.destinations.get(destination).deaf.clone() {
-                        self.destinations.release(destination);
-                        message.source.on_finished(Err(deaf));
-                        finished += 1;
-                    } else {
-                        self.messages.push(destination, message.source);
-                    }
-                }
-                (Command::Run(run), Err(e)) => {
-                    run.owner.on_error(e);
-                    run.owner.on_finished();
-                    finished += 1;
-                }
-                (Command::Message(message), Err(e)) => {
-                    message.source.on_finished(Err(e));
-                    finished += 1;
-                }
-                (Command::Admit(..), _) => unreachable!("handled above"),
+                Command::Work(invitation) => match self.acquire(&invitation.destination) {
+                    Ok(destination) => self.take_share(invitation, destination),
+                    Err(e) => invitation.work.fail(e, events),
+                },
+                Command::Message(message) => match self.acquire(&message.destination) {
+                    Ok(destination) => match self.destinations.get(destination).deaf.clone() {
+                        Some(deaf) => {
+                            self.destinations.release(destination);
+                            events.push(message.over(Err(deaf)));
+                        }
+                        None => self.messages.push(destination, message),
+                    },
+                    Err(e) => events.push(message.over(Err(e))),
+                },
             }
         }
-        (finished, admitted)
+        handled
+    }
+
+    fn acquire(&mut self, destination: &Destination) -> Result<DestinationKey> {
+        match &self.broken {
+            Some(e) => Err(e.clone()),
+            None => self.destinations.acquire(destination, &mut self.endpoint),
+        }
     }
 
     fn admit(&mut self, endpoints: &[Destination]) {
@@ -274,23 +266,38 @@ impl Core {
         }
     }
 
-    fn poll(&mut self, events: &dyn RailEvents, finished: &mut usize) -> usize {
+    fn take_share(&mut self, invitation: Invitation, destination: DestinationKey) {
+        let Invitation { work, lane, shared, .. } = invitation;
+        let share = Share {
+            work,
+            lane,
+            destination,
+            shared,
+            claimed: 0..0,
+            posted: 0,
+            bytes: 0,
+            queued: true,
+            dry: false,
+        };
+        self.turns.push_back(self.shares.insert(share));
+    }
+
+    fn poll(&mut self, events: &mut Vec<Event>) -> usize {
         let mut handled = 0;
         for _ in 0..POLLS_PER_TURN {
             let mut completions = std::mem::take(&mut self.completions);
             let outcome = self.endpoint.poll(&mut completions);
-            let count = completions.len();
             for completion in completions.drain(..) {
-                *finished += self.complete(completion, events);
+                self.complete(completion, events);
             }
             self.completions = completions;
-            handled += count;
-            if let Err(e) = outcome {
-                self.break_down(e, finished);
-                return handled;
-            }
-            if count == 0 {
-                break;
+            match outcome {
+                Ok(0) => break,
+                Ok(count) => handled += count,
+                Err(e) => {
+                    self.break_down(e, events);
+                    return handled;
+                }
             }
         }
         if handled == 0 {
@@ -301,229 +308,307 @@ impl Core {
         handled
     }
 
-    /// Handles one completion. Returns how many runs and messages it finished.
-    fn complete(&mut self, mut completion: Completion, events: &dyn RailEvents) -> usize {
-        let error = completion.error.take().map(|e| Error::from(*e));
-        if error.is_some() {
-            Counters::add(&self.counters.errors, 1);
-        }
-        match completion.context {
-            Some(context) if self.receives.owns(context) => {
-                self.complete_receive(context, &completion, error, events);
-                0
+    fn complete(&mut self, completion: Completion, events: &mut Vec<Event>) {
+        match completion {
+            Completion::Moved { share, count, bytes } => self.moved(share, count, bytes, events),
+            Completion::MoveFailed { share, error } => self.move_failed(share, Error::from(*error), events),
+            Completion::Sent { buffer, error } => {
+                self.totals.messages_sent += 1;
+                let error = error.map(|e| Error::from(*e));
+                self.totals.errors += u64::from(error.is_some());
+                self.messages.complete(buffer, error, &mut self.destinations, self.now, events);
             }
-            Some(context) if self.messages.owns(context) => {
-                Counters::add(&self.counters.messages_sent, 1);
-                self.messages.complete(context, error, &mut self.destinations, self.now)
+            Completion::Received { buffer, len, imm } => {
+                self.totals.messages_received += 1;
+                events.push(Event::Message { immediate: imm, body: self.receives.read(buffer, len) });
+                self.receives.recycle(buffer);
             }
-            Some(context) => self.complete_operation(context - self.operation_base, error),
-            None => {
-                match (error, completion.imm) {
-                    (Some(e), _) => log::warn!("rail {}: an operation of a peer failed here: {e}", self.id),
-                    (None, Some(immediate)) => self.landed(immediate, events),
-                    (None, None) => {}
+            Completion::ReceiveFailed { buffer, error } => {
+                // The buffer goes back into the ring all the same: a ring that shrinks ends in silence.
+                self.totals.errors += 1;
+                log::warn!("rail {}: a receive failed: {}", self.id, error.text);
+                self.receives.recycle(buffer);
+            }
+            Completion::Landed { imm, count, buffer } => {
+                self.totals.immediates += u64::from(count);
+                events.push(Event::Landed { immediate: imm, count });
+                if let Some(buffer) = buffer {
+                    self.receives.recycle(buffer);
                 }
-                0
+            }
+            Completion::Foreign { error } => {
+                self.totals.errors += 1;
+                log::warn!("rail {}: an operation of a peer failed here: {}", self.id, error.text);
             }
         }
     }
 
-    fn landed(&mut self, immediate: u32, events: &dyn RailEvents) {
-        Counters::add(&self.counters.immediates, 1);
-        events.on_immediate(immediate);
-    }
-
-    fn complete_receive(
-        &mut self,
-        context: u32,
-        completion: &Completion,
-        error: Option<Error>,
-        events: &dyn RailEvents,
-    ) {
-        if let Some(e) = error {
-            // The buffer goes back into the ring all the same: a ring that shrinks ends in silence.
-            log::warn!("rail {}: a receive failed: {e}", self.id);
-        } else if completion.is_remote_write() {
-            // efa-direct: a write with immediate data uses up a receive.
-            if let Some(immediate) = completion.imm {
-                self.landed(immediate, events);
-            }
-        } else {
-            Counters::add(&self.counters.messages_received, 1);
-            events.on_message(completion.imm, &self.receives.read(context, completion.len));
-        }
-        self.receives.recycle(context);
-    }
-
-    fn complete_operation(&mut self, index: u32, error: Option<Error>) -> usize {
-        let Some(operation) = self.operations[index as usize].take() else {
-            log::warn!("rail {}: an operation completed twice; the second completion was ignored", self.id);
-            return 0;
+    fn moved(&mut self, key: u32, count: u32, bytes: u64, events: &mut Vec<Event>) {
+        let Some(share) = self.shares.get_mut(key as usize) else { return };
+        let (operations, moved) = match share.work.op() {
+            Op::Write => (&mut self.totals.writes, &mut self.totals.write_bytes),
+            Op::Read => (&mut self.totals.reads, &mut self.totals.read_bytes),
         };
-        self.free.push(index);
-        let active = &mut self.runs[operation.run];
-        active.in_flight -= 1;
-        let entry = self.destinations.get(active.destination);
-        entry.operations -= 1;
-        entry.reached |= error.is_none();
-        entry.completed(error.as_ref(), self.now);
-        if let Some(error) = error {
-            active.stopped = true;
-            active.run.owner.on_error(error);
-        } else {
-            let (count, bytes) = match active.run.op {
-                Op::Write => (&self.counters.writes, &self.counters.write_bytes),
-                Op::Read => (&self.counters.reads, &self.counters.read_bytes),
-            };
-            Counters::add(count, 1);
-            Counters::add(bytes, operation.len);
-        }
-        self.settle(operation.run)
+        *operations += u64::from(count);
+        *moved += bytes;
+        share.bytes -= bytes;
+        let entry = self.destinations.get(share.destination);
+        entry.reached = true;
+        entry.completed(None, self.now);
+        self.settled(key as usize, count, events);
     }
 
-    /// Ends a run of which nothing is left to post or in flight. One that still has its turn is ended there.
-    fn settle(&mut self, key: usize) -> usize {
-        let active = &self.runs[key];
-        if active.in_flight > 0 || !active.is_posted() || active.queued {
-            return 0;
-        }
-        let active = self.runs.remove(key);
-        self.destinations.release(active.destination);
-        active.run.owner.on_finished();
-        1
+    fn move_failed(&mut self, key: u32, error: Error, events: &mut Vec<Event>) {
+        self.totals.errors += 1;
+        let Some(share) = self.shares.get_mut(key as usize) else { return };
+        self.destinations.get(share.destination).completed(Some(&error), self.now);
+        let work = Arc::clone(&share.work);
+        // Other rails may go on with theirs; what is in flight here settles as it completes.
+        work.fail(error, events);
+        self.settled(key as usize, 1, events);
     }
 
-    fn post_runs(&mut self, finished: &mut usize) -> usize {
+    /// Operations of a share are over. It is queued again where it may take more.
+    fn settled(&mut self, key: usize, count: u32, events: &mut Vec<Event>) {
+        let share = &mut self.shares[key];
+        share.posted -= count;
+        let posted = share.posted;
+        if posted == 0 && share.claimed.is_empty() {
+            // Before the work is said to be over: the host may then take its memory back.
+            self.endpoint.end(key as u32);
+        }
+        let work = Arc::clone(&share.work);
+        let over = work.settle(count);
+        if !share.queued {
+            let more = !over && work.has_unclaimed();
+            if more && posted == 0 && share.shared {
+                self.window.ran_dry();
+                share.dry = true;
+            }
+            if more && posted <= self.window.operations() / 2 {
+                share.queued = true;
+                self.turns.push_back(key);
+            } else if posted == 0 {
+                self.remove_share(key);
+            }
+        }
+        if over {
+            events.push(Event::WorkOver { work });
+        }
+    }
+
+    /// Takes out a share that holds nothing.
+    fn remove_share(&mut self, key: usize) {
+        let share = self.shares.remove(key);
+        if share.shared && !share.dry {
+            self.window.sufficed();
+        }
+        self.endpoint.end(key as u32);
+        self.destinations.release(share.destination);
+    }
+
+    fn post_shares(&mut self, events: &mut Vec<Event>) -> usize {
         let mut posted = 0;
         for _ in 0..self.turns.len() {
-            if self.free.is_empty() {
+            let Some(key) = self.turns.pop_front() else { break };
+            let turn = self.post_share(key, &mut posted, events);
+            if self.endpoint.open_batch().is_some() {
+                self.turns.push_back(key);
                 break;
             }
-            let Some(key) = self.turns.pop_front() else { break };
-            match self.post_run(key, &mut posted) {
-                Turn::Posted => {
-                    self.runs[key].queued = false;
-                    *finished += self.settle(key);
+            match turn {
+                Turn::Rests => {
+                    self.shares[key].queued = false;
+                    if self.shares[key].posted == 0 {
+                        self.remove_share(key);
+                    }
                 }
                 Turn::Yielded => self.turns.push_back(key),
                 Turn::Blocked => {
                     self.turns.push_back(key);
-                    self.fail_if_stalled(key);
+                    self.fail_if_stalled(key, events);
                 }
             }
         }
         posted
     }
 
-    fn post_run(&mut self, key: usize, posted: &mut usize) -> Turn {
-        let active = &mut self.runs[key];
-        let entry = self.destinations.get(active.destination);
-        active.stopped |= active.run.owner.is_stopped();
-        for _ in 0..self.limits.batch_slices {
-            if active.is_posted() {
-                return Turn::Posted;
+    fn post_share(&mut self, key: usize, posted: &mut usize, events: &mut Vec<Event>) -> Turn {
+        let mut left = self.limits.batch_slices;
+        while left > 0 {
+            let share = &mut self.shares[key];
+            if share.work.is_stopped() {
+                self.give_up(key, events);
+                return Turn::Rests;
             }
-            // A destination may hold as many operations as are left for all others, so that some always are:
-            // a peer that stands still cannot take the rail from the rest.
-            if entry.operations as usize >= self.free.len() {
+            let entry = self.destinations.get(share.destination);
+            // A destination may hold as many operations as are left for all others, so that some always are: a peer
+            // that stands still cannot take the rail from the rest.
+            let held = self.endpoint.in_flight_to(entry.addr).rma;
+            let room = self.endpoint.room().saturating_sub(held).div_ceil(2);
+            let batch = self.batches && entry.reached;
+            // Batches that are not full cost a doorbell each; what is in flight makes room for full ones.
+            let room = if batch && share.posted > 0 { room - room % BATCH_WRITES_MAX } else { room };
+            if room == 0 {
                 return Turn::Blocked;
             }
-            let Some(&index) = self.free.last() else { return Turn::Blocked };
-            let slice = &active.run.slices[active.cursor as usize];
-            let is_last = active.cursor + 1 == active.run.range.end;
-            let rma = Rma {
-                local: &active.run.regions[slice.region as usize],
-                local_addr: slice.local_addr,
-                len: slice.len as usize,
-                remote_addr: slice.remote_addr,
-                remote_key: slice.remote_key,
-                dest: entry.addr,
-                imm: active.run.immediate,
-                context: self.operation_base + index,
-                flags: RmaFlags {
-                    more: false,
-                    // Where writes stay in order the last one's arrival tells of all before it.
-                    delivery_complete: active.run.op == Op::Write
-                        && self.device.delivery_complete()
-                        && (is_last || !self.device.orders_writes()),
-                },
-            };
-            let outcome = match active.run.op {
-                Op::Write => self.endpoint.write(&rma),
-                Op::Read => self.endpoint.read(&rma),
-            };
-            match outcome {
-                Ok(Posted::Yes) => {
-                    self.free.pop();
-                    self.operations[index as usize] = Some(Operation { run: key, len: slice.len });
-                    active.in_flight += 1;
-                    active.cursor += 1;
-                    entry.operations += 1;
-                    entry.last_progress = self.now;
-                    *posted += 1;
-                }
-                Ok(Posted::Again) => {
-                    Counters::add(&self.counters.again, 1);
-                    return Turn::Blocked;
-                }
-                Err(e) => {
-                    active.stopped = true;
-                    active.run.owner.on_error(e.into());
-                    return Turn::Posted;
+            let room = room.min(left);
+            if share.claimed.is_empty() && !self.claim(key, room) {
+                return Turn::Rests;
+            }
+            let count = room.min(self.shares[key].claimed.len() as u32);
+            match self.post_claimed(key, count, batch, posted) {
+                Ok(0) => return Turn::Blocked,
+                Ok(done) => left -= done,
+                Err(error) => {
+                    self.shares[key].work.fail(error, events);
+                    if self.endpoint.open_batch().is_none() {
+                        self.give_up(key, events);
+                    }
+                    return Turn::Rests;
                 }
             }
         }
-        if active.is_posted() { Turn::Posted } else { Turn::Yielded }
+        Turn::Yielded
     }
 
-    fn fail_if_stalled(&mut self, key: usize) {
-        let active = &mut self.runs[key];
-        let entry = self.destinations.get(active.destination);
-        if let Some(error) = entry.stalled(self.now, self.limits.stall_timeout) {
-            active.stopped = true;
-            active.run.owner.on_error(error);
+    /// Takes operations of a share's work, as many as there is room for; `false` if there is nothing to take now.
+    fn claim(&mut self, key: usize, room: u32) -> bool {
+        let share = &mut self.shares[key];
+        let (mut operations, mut bytes) = (room, u64::MAX);
+        if share.shared {
+            operations = operations.min(self.window.operations().saturating_sub(share.posted));
+            bytes = self.window.bytes().saturating_sub(share.bytes);
+        }
+        if operations == 0 || (bytes == 0 && share.posted > 0) {
+            return false;
+        }
+        let Some((list, claimed)) = share.work.claim(operations, bytes) else { return false };
+        share.claimed = claimed;
+        if share.posted > 0 {
+            return true;
+        }
+        // The number of the share is not in use at the endpoint while it holds nothing.
+        self.endpoint.end(key as u32);
+        let address = self.destinations.get(share.destination).addr;
+        if let Err(e) = self.endpoint.begin(key as u32, list, share.lane, address) {
+            log::error!("rail {}: {e}", self.id);
+        }
+        true
+    }
+
+    /// Posts the next `count` operations that were claimed; gives how many went through.
+    fn post_claimed(&mut self, key: usize, count: u32, batch: bool, posted: &mut usize) -> Result<u32> {
+        let share = &mut self.shares[key];
+        let Range { start, end } = share.claimed;
+        let outcome =
+            self.endpoint.post_slices(key as u32, share.work.op(), start..start + count, end, batch);
+        if outcome.count > 0 {
+            share.claimed.start += outcome.count;
+            share.posted += outcome.count;
+            share.bytes += outcome.bytes;
+            self.destinations.get(share.destination).last_progress = self.now;
+            *posted += outcome.count as usize;
+        }
+        match outcome.stopped {
+            Some(Err(e)) => Err(e.into()),
+            Some(Ok(Posted::Again)) => {
+                self.totals.again += 1;
+                Ok(outcome.count)
+            }
+            _ => Ok(outcome.count),
+        }
+    }
+
+    /// Settles what was claimed and will not be posted.
+    fn give_up(&mut self, key: usize, events: &mut Vec<Event>) {
+        let share = &mut self.shares[key];
+        let count = share.claimed.len() as u32;
+        share.claimed = 0..0;
+        if share.posted == 0 {
+            self.endpoint.end(key as u32);
+        }
+        if share.work.settle(count) {
+            events.push(Event::WorkOver { work: Arc::clone(&share.work) });
+        }
+    }
+
+    /// Rings for writes that the NIC was not told of, by posting the next one of their share. `false` while that is put
+    /// off: until then nothing else may touch the endpoint.
+    fn close_batch(&mut self, events: &mut Vec<Event>) -> bool {
+        let Some(key) = self.endpoint.open_batch() else {
+            self.open_since = None;
+            return true;
+        };
+        let since = *self.open_since.get_or_insert(self.now);
+        while !self.shares[key as usize].claimed.is_empty() {
+            match self.post_claimed(key as usize, 1, false, &mut 0) {
+                Ok(0) if self.now.duration_since(since) < self.limits.stall_timeout => return false,
+                Ok(0) => break,
+                Ok(_) => return true,
+                // Its work has failed already; the next one may ring.
+                Err(_) => {
+                    let share = &mut self.shares[key as usize];
+                    share.claimed.start += 1;
+                    share.posted += 1;
+                    self.settled(key as usize, 1, events);
+                }
+            }
+        }
+        self.break_down(Error::backend("writes that were batched cannot be handed to the NIC"), events);
+        false
+    }
+
+    fn fail_if_stalled(&mut self, key: usize, events: &mut Vec<Event>) {
+        let share = &self.shares[key];
+        let entry = self.destinations.get(share.destination);
+        let in_flight = self.endpoint.in_flight_to(entry.addr);
+        if let Some(error) = entry.stalled(in_flight, self.now, self.limits.stall_timeout) {
+            share.work.fail(error, events);
         }
     }
 
     /// Ends the wait for peers that never answered, where the provider does not. What is in flight to them stays so.
-    fn fail_never_met(&mut self) {
+    fn fail_never_met(&mut self, events: &mut Vec<Event>) {
         if !efa::shakes_hands(&self.device) || self.now.duration_since(self.looked) < LOOK_INTERVAL {
             return;
         }
         self.looked = self.now;
-        for (_, active) in &mut self.runs {
+        for (_, share) in &self.shares {
             // Also one with nothing in flight: the provider may put it off for as long as others are.
-            if active.stopped {
+            if share.work.is_stopped() {
                 continue;
             }
-            let entry = self.destinations.get(active.destination);
-            if let Some(error) = entry.never_met(self.now, self.limits.stall_timeout) {
-                active.stopped = true;
-                active.run.owner.on_error(error);
+            let entry = self.destinations.get(share.destination);
+            let in_flight = self.endpoint.in_flight_to(entry.addr);
+            if let Some(error) = entry.never_met(in_flight, self.now, self.limits.stall_timeout) {
+                share.work.fail(error, events);
             }
         }
     }
 
     /// The queue itself failed: nothing more will be heard of what is in flight, so all of it ends now.
-    fn break_down(&mut self, error: impl Into<Error>, finished: &mut usize) {
+    fn break_down(&mut self, error: impl Into<Error>, events: &mut Vec<Event>) {
         if self.broken.is_some() {
             return;
         }
         let error: Error = error.into().context(format_args!("rail {} broke down", self.id));
         log::error!("{error}; its transfers fail, restart the process to use the device again");
-        self.end_all(&error, finished);
+        self.end_all(&error, events);
     }
 
-    /// Ends every run and message with this error, and refuses more.
-    pub fn end_all(&mut self, error: &Error, finished: &mut usize) {
+    /// Ends every share and message with this error, and refuses more.
+    pub fn end_all(&mut self, error: &Error, events: &mut Vec<Event>) {
         self.turns.clear();
-        for active in self.runs.drain() {
-            active.run.owner.on_error(error.clone());
-            active.run.owner.on_finished();
-            *finished += 1;
+        for (key, share) in std::mem::take(&mut self.shares) {
+            let held = share.claimed.len() as u32 + share.posted;
+            self.endpoint.end(key as u32);
+            share.work.fail(error.clone(), events);
+            if share.work.settle(held) {
+                events.push(Event::WorkOver { work: share.work });
+            }
         }
-        *finished += self.messages.fail_all(error);
-        self.operations.fill(None);
+        self.messages.fail_all(error, events);
         self.broken = Some(error.clone());
     }
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result, Status};
-use crate::fabric::{Endpoint, FiAddr};
+use crate::fabric::{Endpoint, FiAddr, InFlight};
 
 /// How long a peer whose connection broke may take to accept a new one.
 const RECONNECT_TIMEOUT: Duration = Duration::from_millis(500);
@@ -25,11 +25,7 @@ pub struct Destination(pub Arc<[u8]>);
 pub(super) struct Entry {
     pub name: Destination,
     pub addr: FiAddr,
-    /// RMA operations in flight to it.
-    pub operations: u32,
-    /// Control messages in flight to it.
-    pub messages: u32,
-    /// Runs and queued messages that refer to it.
+    /// Shares and queued messages that refer to it.
     pub users: u32,
     /// When it last accepted or completed something.
     pub last_progress: Instant,
@@ -57,8 +53,8 @@ impl Entry {
     /// The error of operations in flight to an endpoint that has never completed one, once that has lasted too long. The
     /// efa provider keeps them until the peer has answered its handshake, and says nothing of them if that is lost
     /// (`efa_rdm_ope_process_queued_ope`, all versions up to 2.6).
-    pub fn never_met(&self, now: Instant, timeout: Duration) -> Option<Error> {
-        if self.reached || self.operations == 0 || now.duration_since(self.last_progress) < timeout {
+    pub fn never_met(&self, in_flight: InFlight, now: Instant, timeout: Duration) -> Option<Error> {
+        if self.reached || in_flight.rma == 0 || now.duration_since(self.last_progress) < timeout {
             return None;
         }
         Some(Error::disconnected(format!(
@@ -70,9 +66,9 @@ impl Entry {
 
     /// The error of work for it that was put off, once that has lasted too long. tcp puts posts to a dead peer off
     /// for ever, while it tries to connect.
-    pub fn stalled(&self, now: Instant, timeout: Duration) -> Option<Error> {
+    pub fn stalled(&self, in_flight: InFlight, now: Instant, timeout: Duration) -> Option<Error> {
         let limit = if self.lost { timeout.min(RECONNECT_TIMEOUT) } else { timeout };
-        if self.operations > 0 || self.messages > 0 || now.duration_since(self.last_progress) < limit {
+        if in_flight.rma > 0 || in_flight.messages > 0 || now.duration_since(self.last_progress) < limit {
             return None;
         }
         let what = if self.lost { "its connection broke, and it" } else { "it" };
@@ -127,8 +123,6 @@ impl Destinations {
         let entry = Entry {
             name: name.clone(),
             addr,
-            operations: 0,
-            messages: 0,
             users: 0,
             last_progress: Instant::now(),
             lost: false,

@@ -10,17 +10,16 @@ use std::time::{Duration, Instant};
 use slab::Slab;
 
 use super::destination::{DestinationKey, Destinations};
-use super::{Destination, MESSAGE_BYTES_MAX};
+use super::work::Tag;
+use super::{Destination, Event, MESSAGE_BYTES_MAX};
 use crate::error::{Error, Result};
 use crate::fabric::{Domain, Endpoint, Posted, RegisteredBuffer, Send as SendArgs};
 
-/// The content of a control message. Called while the rail is held: it must not drive any rail.
-pub trait MessageSource: Send {
+/// The content of a control message.
+pub trait Fragments: Send {
     /// Appends the next fragment, at most [`MESSAGE_BYTES_MAX`] bytes, to the empty `fragment` and returns its
     /// immediate data; `None` when the message is complete.
     fn next_fragment(&mut self, fragment: &mut Vec<u8>) -> Option<u32>;
-    /// Every fragment has left, or one could not. Called once.
-    fn on_finished(self: Box<Self>, result: Result<()>);
 }
 
 /// A control message for one destination.
@@ -28,11 +27,20 @@ pub struct Message {
     /// Where to.
     pub destination: Destination,
     /// What.
-    pub source: Box<dyn MessageSource>,
+    pub content: Box<dyn Fragments>,
+    /// Whose it is: comes back with [`Event::MessageOver`].
+    pub tag: Tag,
+}
+
+impl Message {
+    pub(super) fn over(self, result: Result<()>) -> Event {
+        Event::MessageOver { tag: self.tag, result }
+    }
 }
 
 struct Active {
-    source: Box<dyn MessageSource>,
+    content: Box<dyn Fragments>,
+    tag: Tag,
     destination: DestinationKey,
     /// Fragments in flight.
     outstanding: u32,
@@ -42,6 +50,12 @@ struct Active {
     /// A fragment that the provider put off, and its immediate data. It holds no buffer: a dead peer may put it off
     /// for long.
     put_off: Option<(Vec<u8>, u32)>,
+}
+
+impl Active {
+    fn over(self, result: Result<()>) -> Event {
+        Event::MessageOver { tag: self.tag, result }
+    }
 }
 
 /// What a buffer is for.
@@ -99,18 +113,20 @@ impl Messages {
         &self.buffer
     }
 
-    pub fn owns(&self, context: u32) -> bool {
-        (self.context_base..self.context_base + self.in_flight.len() as u32).contains(&context)
-    }
-
     /// Whether something waits to be posted.
     pub fn has_unsent(&self) -> bool {
         !self.turns.is_empty()
     }
 
-    pub fn push(&mut self, destination: DestinationKey, source: Box<dyn MessageSource>) {
+    /// Whether nothing is queued or in flight.
+    pub fn is_empty(&self) -> bool {
+        self.active.is_empty()
+    }
+
+    pub fn push(&mut self, destination: DestinationKey, message: Message) {
         let key = self.active.insert(Active {
-            source,
+            content: message.content,
+            tag: message.tag,
             destination,
             outstanding: 0,
             exhausted: false,
@@ -131,23 +147,26 @@ impl Messages {
         destinations: &mut Destinations,
         now: Instant,
         stall_timeout: Duration,
-    ) -> (usize, usize) {
-        let (mut posted, mut finished) = (0, 0);
+        events: &mut Vec<Event>,
+    ) -> usize {
+        let (before, mut posted) = (events.len(), 0);
         for _ in 0..self.turns.len() {
             let Some(destination) = self.turns.pop_front() else { break };
-            match self.post_to(destination, endpoint, destinations, &mut posted, &mut finished) {
+            match self.post_to(destination, endpoint, destinations, &mut posted, events) {
                 Turn::Empty => {
                     self.queues.remove(&destination);
                 }
                 Turn::Blocked => {
                     self.turns.push_back(destination);
-                    if let Some(error) = destinations.get(destination).stalled(now, stall_timeout) {
-                        finished += self.fail_front(destination, error, destinations);
+                    let entry = destinations.get(destination);
+                    let in_flight = endpoint.in_flight_to(entry.addr);
+                    if let Some(error) = entry.stalled(in_flight, now, stall_timeout) {
+                        self.fail_front(destination, error, destinations, events);
                     }
                 }
             }
         }
-        (posted, finished)
+        posted + events.len() - before
     }
 
     fn post_to(
@@ -156,25 +175,27 @@ impl Messages {
         endpoint: &mut Endpoint,
         destinations: &mut Destinations,
         posted: &mut usize,
-        finished: &mut usize,
+        events: &mut Vec<Event>,
     ) -> Turn {
+        let addr = destinations.get(destination).addr;
         while let Some(&key) = self.queues.get(&destination).and_then(VecDeque::front) {
-            let (buffer, immediate) = match self.stage(key, destinations) {
+            // A destination may hold as many buffers as are left for all others, so that some always are.
+            let held = endpoint.in_flight_to(addr).messages as usize;
+            let (buffer, immediate) = match self.stage(key, held) {
                 Ok(Some(fragment)) => fragment,
                 Ok(None) => {
                     self.queues.get_mut(&destination).expect("it was just read").pop_front();
-                    *finished += self.settle(key, destinations);
+                    self.settle(key, destinations, events);
                     continue;
                 }
                 Err(Full) => return Turn::Blocked,
             };
-            let entry = destinations.get(destination);
             let outcome = endpoint.send(&SendArgs {
                 buffer: &self.buffer,
                 offset: buffer as usize * MESSAGE_BYTES_MAX,
                 len: self.scratch.len(),
                 imm: Some(immediate),
-                dest: entry.addr,
+                dest: addr,
                 context: self.context_base + buffer,
             });
             let message = &mut self.active[key];
@@ -182,7 +203,6 @@ impl Messages {
                 Ok(Posted::Yes) => {
                     self.free.pop();
                     message.outstanding += 1;
-                    entry.messages += 1;
                     self.in_flight[buffer as usize] = Slot::Of(key);
                     *posted += 1;
                 }
@@ -200,17 +220,11 @@ impl Messages {
     }
 
     /// Puts the next fragment of a message into a free buffer, which stays free until the fragment is posted.
-    fn stage(
-        &mut self,
-        key: usize,
-        destinations: &mut Destinations,
-    ) -> std::result::Result<Option<(u32, u32)>, Full> {
+    fn stage(&mut self, key: usize, held: usize) -> std::result::Result<Option<(u32, u32)>, Full> {
         let message = &mut self.active[key];
         if message.exhausted {
             return Ok(None);
         }
-        // A destination may hold as many buffers as are left for all others, so that some always are.
-        let held = destinations.get(message.destination).messages as usize;
         if held >= self.free.len() {
             return Err(Full);
         }
@@ -220,7 +234,7 @@ impl Messages {
             immediate
         } else {
             self.scratch.clear();
-            let Some(immediate) = message.source.next_fragment(&mut self.scratch) else {
+            let Some(immediate) = message.content.next_fragment(&mut self.scratch) else {
                 message.exhausted = true;
                 return Ok(None);
             };
@@ -231,33 +245,32 @@ impl Messages {
         Ok(Some((buffer, immediate)))
     }
 
-    /// A fragment's completion. Returns how many messages it finished (0 or 1).
+    /// A fragment's completion.
     pub fn complete(
         &mut self,
         context: u32,
         error: Option<Error>,
         destinations: &mut Destinations,
         now: Instant,
-    ) -> usize {
+        events: &mut Vec<Event>,
+    ) {
         let buffer = context - self.context_base;
         let slot = std::mem::replace(&mut self.in_flight[buffer as usize], Slot::Free);
         let key = match slot {
             Slot::Of(key) => key,
             Slot::Abandoned(destination) => {
                 self.free.push(buffer);
-                destinations.get(destination).messages -= 1;
                 destinations.release(destination);
-                return 0;
+                return;
             }
             Slot::Free => {
                 log::warn!("a send completed twice; the second completion was ignored");
-                return 0;
+                return;
             }
         };
         self.free.push(buffer);
         let message = &mut self.active[key];
         let entry = destinations.get(message.destination);
-        entry.messages -= 1;
         message.outstanding -= 1;
         entry.completed(error.as_ref(), now);
         if let Some(error) = error {
@@ -265,20 +278,28 @@ impl Messages {
                 entry.deaf.get_or_insert_with(|| deafened(&error));
                 let destination = message.destination;
                 message.error.get_or_insert(error);
-                return self.abandon(destination, destinations);
+                self.abandon(destination, destinations, events);
+                return;
             }
             message.error.get_or_insert(error);
             message.put_off = None;
             message.exhausted = true;
         }
-        if self.is_queued(key) { 0 } else { self.settle(key, destinations) }
+        if !self.is_queued(key) {
+            self.settle(key, destinations, events);
+        }
     }
 
     /// Ends all messages to a destination that no message reaches any more. What is in flight may complete or not.
-    fn abandon(&mut self, destination: DestinationKey, destinations: &mut Destinations) -> usize {
+    fn abandon(
+        &mut self,
+        destination: DestinationKey,
+        destinations: &mut Destinations,
+        events: &mut Vec<Event>,
+    ) {
         self.queues.remove(&destination);
         self.turns.retain(|&turn| turn != destination);
-        let Some(deaf) = destinations.get(destination).deaf.clone() else { return 0 };
+        let Some(deaf) = destinations.get(destination).deaf.clone() else { return };
         let given_up: Vec<usize> = self
             .active
             .iter()
@@ -291,12 +312,12 @@ impl Messages {
                 destinations.get(destination).users += 1;
             }
         }
-        for &key in &given_up {
-            let message = self.active.remove(key);
+        for key in given_up {
+            let mut message = self.active.remove(key);
             destinations.release(destination);
-            message.source.on_finished(Err(message.error.unwrap_or_else(|| deaf.clone())));
+            let error = message.error.take().unwrap_or_else(|| deaf.clone());
+            events.push(message.over(Err(error)));
         }
-        given_up.len()
     }
 
     fn is_queued(&self, key: usize) -> bool {
@@ -307,27 +328,23 @@ impl Messages {
     }
 
     /// Ends a message of which nothing is left to send, once nothing of it is in flight.
-    fn settle(&mut self, key: usize, destinations: &mut Destinations) -> usize {
+    fn settle(&mut self, key: usize, destinations: &mut Destinations, events: &mut Vec<Event>) {
         let message = &self.active[key];
         if !message.exhausted || message.outstanding > 0 {
-            return 0;
+            return;
         }
-        let message = self.active.remove(key);
+        let mut message = self.active.remove(key);
         destinations.release(message.destination);
-        message.source.on_finished(message.error.map_or(Ok(()), Err));
-        1
+        let result = message.error.take().map_or(Ok(()), Err);
+        events.push(message.over(result));
     }
 
     /// Ends every message; nothing more will be heard of what is in flight.
-    pub fn fail_all(&mut self, error: &Error) -> usize {
+    pub fn fail_all(&mut self, error: &Error, events: &mut Vec<Event>) {
         self.turns.clear();
         self.queues.clear();
         self.in_flight.fill(Slot::Free);
-        let count = self.active.len();
-        for message in self.active.drain() {
-            message.source.on_finished(Err(error.clone()));
-        }
-        count
+        events.extend(self.active.drain().map(|message| message.over(Err(error.clone()))));
     }
 
     fn fail_front(
@@ -335,13 +352,14 @@ impl Messages {
         destination: DestinationKey,
         error: Error,
         destinations: &mut Destinations,
-    ) -> usize {
-        let Some(key) = self.queues.get_mut(&destination).and_then(VecDeque::pop_front) else { return 0 };
+        events: &mut Vec<Event>,
+    ) {
+        let Some(key) = self.queues.get_mut(&destination).and_then(VecDeque::pop_front) else { return };
         let message = &mut self.active[key];
         message.put_off = None;
         message.exhausted = true;
         message.error = Some(error);
-        self.settle(key, destinations)
+        self.settle(key, destinations, events);
     }
 }
 

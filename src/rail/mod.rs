@@ -4,17 +4,19 @@
 //! provider the plugin asks for `FI_THREAD_COMPLETION`, under which it takes no locks of its own).
 //! Others leave work in the inbox and try the lock; the owner empties the inbox before it leaves.
 //!
-//! A rail knows runs of slices, messages and destinations. It knows neither transfers nor agents.
+//! A rail knows work, messages and destinations. It knows neither transfers nor agents, and calls nobody: driving it
+//! returns what happened, for whoever drove to act on when the rail is free.
 #![forbid(unsafe_code)]
 
 mod core;
 mod destination;
 mod message;
 mod receive;
-mod run;
+mod window;
+mod work;
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::Duration;
 
@@ -22,8 +24,8 @@ use crossbeam_queue::SegQueue;
 
 use self::core::Core;
 pub use self::destination::Destination;
-pub use self::message::{Message, MessageSource};
-pub use self::run::{Run, RunOwner, Slice};
+pub use self::message::{Fragments, Message};
+pub use self::work::{Invitation, Tag, Work};
 use crate::error::{Error, Result};
 use crate::fabric::{Device, Domain, MemoryRegion};
 use crate::types::RailId;
@@ -31,14 +33,44 @@ use crate::types::RailId;
 /// Largest control message, header included: the stock plugin's receive buffers are this long.
 pub const MESSAGE_BYTES_MAX: usize = 8192;
 
-/// What a rail reports upward. Called while the rail is held: it must not drive any rail.
-pub trait RailEvents: Send + Sync {
+/// What happened on a rail.
+pub enum Event {
+    /// An operation of a piece of work has failed, and others are in flight. Comes once.
+    WorkFailed {
+        /// The work.
+        work: Arc<Work>,
+    },
+    /// Every operation of a piece of work is settled; [`Work::error`] tells whether well.
+    WorkOver {
+        /// The work.
+        work: Arc<Work>,
+    },
+    /// Every fragment of a message has left, or one could not.
+    MessageOver {
+        /// Whose it was.
+        tag: Tag,
+        /// How it ended.
+        result: Result<()>,
+    },
+    /// The rail takes the operations of endpoints that were announced to it, or it never will.
+    Admitted {
+        /// Who announced them.
+        tag: Tag,
+    },
     /// A control message arrived.
-    fn on_message(&self, immediate: Option<u32>, body: &[u8]);
-    /// A peer's write with immediate data has landed.
-    fn on_immediate(&self, immediate: u32);
-    /// Whether more control messages should be received.
-    fn has_room(&self) -> bool;
+    Message {
+        /// Its immediate data.
+        immediate: Option<u32>,
+        /// Its bytes.
+        body: Vec<u8>,
+    },
+    /// Peers' writes with immediate data have landed.
+    Landed {
+        /// The immediate data.
+        immediate: u32,
+        /// How many with this one.
+        count: u32,
+    },
 }
 
 /// Sizes and deadlines of a rail.
@@ -50,7 +82,7 @@ pub struct RailLimits {
     pub send_buffers: u32,
     /// RMA operations in flight; 0 takes the transmit size of the device.
     pub operations_max: u32,
-    /// Slices of one run posted before others have their turn.
+    /// Slices of one piece of work posted before others have their turn.
     pub batch_slices: u32,
     /// Entries of the completion queue; 0 chooses.
     pub cq_entries: u32,
@@ -85,9 +117,35 @@ pub struct Counters {
     pub errors: AtomicU64,
 }
 
+/// The same while the owner counts: plain numbers, published once a turn.
+#[derive(Debug, Default)]
+struct Totals {
+    write_bytes: u64,
+    writes: u64,
+    read_bytes: u64,
+    reads: u64,
+    messages_sent: u64,
+    messages_received: u64,
+    immediates: u64,
+    again: u64,
+    errors: u64,
+}
+
 impl Counters {
-    fn add(counter: &AtomicU64, amount: u64) {
-        counter.fetch_add(amount, Ordering::Relaxed);
+    fn publish(&self, totals: &Totals) {
+        for (counter, total) in [
+            (&self.write_bytes, totals.write_bytes),
+            (&self.writes, totals.writes),
+            (&self.read_bytes, totals.read_bytes),
+            (&self.reads, totals.reads),
+            (&self.messages_sent, totals.messages_sent),
+            (&self.messages_received, totals.messages_received),
+            (&self.immediates, totals.immediates),
+            (&self.again, totals.again),
+            (&self.errors, totals.errors),
+        ] {
+            counter.store(total, Ordering::Relaxed);
+        }
     }
 }
 
@@ -110,16 +168,10 @@ impl fmt::Display for Counters {
     }
 }
 
-/// Who is told that a rail takes the operations of endpoints.
-pub trait Admitted: Send + Sync {
-    /// It does, or it never will. Called while the rail is held: it must not drive any rail.
-    fn on_admitted(&self);
-}
-
 enum Command {
-    Run(Run),
+    Work(Invitation),
     Message(Message),
-    Admit(Vec<Destination>, Arc<dyn Admitted>),
+    Admit(Vec<Destination>, Tag),
 }
 
 /// One network device in use.
@@ -131,8 +183,8 @@ pub struct Rail {
     wait_fd: Option<i32>,
     reaches_gpus: bool,
     inbox: SegQueue<Command>,
-    /// Runs and messages accepted and not finished.
-    unfinished: AtomicUsize,
+    /// Nothing is queued or in flight beside what is in the inbox, as the last owner left it.
+    idle: AtomicBool,
     /// Something waits to be posted, as the last owner left it.
     backlog: AtomicBool,
     counters: Arc<Counters>,
@@ -163,7 +215,7 @@ impl Rail {
             wait_fd: core.wait_fd(),
             reaches_gpus: core.reaches_gpus(),
             inbox: SegQueue::new(),
-            unfinished: AtomicUsize::new(0),
+            idle: AtomicBool::new(true),
             backlog: AtomicBool::new(false),
             counters,
             core: Mutex::new(Some(core)),
@@ -208,57 +260,51 @@ impl Rail {
 
     /// Whether nothing is queued or in flight here (receives do not count).
     pub fn is_idle(&self) -> bool {
-        self.unfinished.load(Ordering::Acquire) == 0
+        // In this order: an owner that takes from the inbox has said before that the rail is not idle.
+        self.inbox.is_empty() && self.idle.load(Ordering::SeqCst)
     }
 
-    /// Leaves a run for the rail's owner. Its owner is told when the run is finished.
-    pub fn submit(&self, run: Run) {
-        self.unfinished.fetch_add(1, Ordering::AcqRel);
-        self.inbox.push(Command::Run(run));
+    /// Leaves an invitation to work for the rail's owner.
+    pub fn invite(&self, invitation: Invitation) {
+        self.inbox.push(Command::Work(invitation));
     }
 
     /// Leaves a control message for the rail's owner.
     pub fn send(&self, message: Message) {
-        self.unfinished.fetch_add(1, Ordering::AcqRel);
         self.inbox.push(Command::Message(message));
     }
 
     /// Makes endpoints known that will write here or read from here, where the device wants that said (efa-direct; the
     /// efa fabric does it by itself).
-    pub fn admit(&self, endpoints: Vec<Destination>, then: Arc<dyn Admitted>) {
-        self.unfinished.fetch_add(1, Ordering::AcqRel);
-        self.inbox.push(Command::Admit(endpoints, then));
+    pub fn admit(&self, endpoints: Vec<Destination>, tag: Tag) {
+        self.inbox.push(Command::Admit(endpoints, tag));
     }
 
-    /// Drives the rail if nobody else does: takes in new work, handles completions, posts.
+    /// Drives the rail if nobody else does: takes in new work, handles completions, posts. Appends what happened.
     ///
     /// Returns how many events it handled. Work left in the inbox while another thread held the rail is
-    /// taken in by that thread before it leaves.
-    pub fn drive(&self, events: &dyn RailEvents) -> usize {
+    /// taken in by that thread before it leaves. Without `room`, no further control messages are received.
+    pub fn drive(&self, room: bool, events: &mut Vec<Event>) -> usize {
         let mut handled = 0;
+        // Pairs with the fence of an owner that is about to leave: one of the two sees the other's write.
+        fence(Ordering::SeqCst);
         loop {
             match self.core.try_lock() {
                 Ok(mut core) => {
                     let Some(core) = core.as_mut() else { return handled };
-                    handled += core.drive(&self.inbox, &self.unfinished, events);
+                    self.idle.store(false, Ordering::SeqCst);
+                    handled += core.drive(&self.inbox, room, events);
+                    self.idle.store(core.is_idle(), Ordering::SeqCst);
                     self.backlog.store(core.has_backlog(), Ordering::Release);
                 }
                 // A panic under the lock is reported once, at the boundary; the rail stays still from then on.
                 Err(TryLockError::WouldBlock | TryLockError::Poisoned(_)) => return handled,
             }
-            // Pairs with the fence of a thread that pushed and then failed to take the lock: one of the two
-            // sees the other's write.
             fence(Ordering::SeqCst);
             if self.inbox.is_empty() {
                 return handled;
             }
         }
-    }
-
-    /// Takes in work that was just submitted, unless the rail's owner will.
-    pub fn kick(&self, events: &dyn RailEvents) {
-        fence(Ordering::SeqCst);
-        self.drive(events);
     }
 
     /// Whether work waits that nothing but driving the rail again will post.
@@ -288,20 +334,17 @@ impl Rail {
     }
 
     /// Closes the endpoint. What is in flight ends with an error; what comes later is refused.
-    pub fn close(&self) {
+    pub fn close(&self, events: &mut Vec<Event>) {
         let core = self.lock().take();
         let error = self.closed();
         if let Some(mut core) = core {
-            core.end_all(&error, &mut 0);
+            core.end_all(&error, events);
         }
         while let Some(command) = self.inbox.pop() {
             match command {
-                Command::Run(run) => {
-                    run.owner.on_error(error.clone());
-                    run.owner.on_finished();
-                }
-                Command::Message(message) => message.source.on_finished(Err(error.clone())),
-                Command::Admit(..) => {}
+                Command::Work(invitation) => invitation.work.fail(error.clone(), events),
+                Command::Message(message) => events.push(message.over(Err(error.clone()))),
+                Command::Admit(_, tag) => events.push(Event::Admitted { tag }),
             }
         }
     }

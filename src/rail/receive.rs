@@ -8,7 +8,6 @@ use std::sync::Arc;
 pub(super) struct Receives {
     buffer: Option<RegisteredBuffer>,
     bytes_each: usize,
-    count: u32,
     /// Buffers that the provider would not take yet.
     unposted: Vec<u32>,
 }
@@ -19,16 +18,11 @@ impl Receives {
             0 => None,
             n => Some(RegisteredBuffer::new(domain, n as usize * bytes_each, key)?),
         };
-        Ok(Self { buffer, bytes_each, count, unposted: (0..count).rev().collect() })
+        Ok(Self { buffer, bytes_each, unposted: (0..count).rev().collect() })
     }
 
     pub fn registered(&self) -> Option<&RegisteredBuffer> {
         self.buffer.as_ref()
-    }
-
-    /// Whether `context` belongs to a receive buffer.
-    pub fn owns(&self, context: u32) -> bool {
-        context < self.count
     }
 
     /// Copies the first `len` bytes of a buffer that the NIC has filled.

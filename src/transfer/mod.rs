@@ -9,5 +9,5 @@ mod state;
 
 pub use local::{LocalCopies, LocalPiece, LocalTransfer, Streams};
 pub use rates::Rates;
-pub use request::{Announced, Transfer};
+pub use request::{Next, Part, Transfer};
 pub use state::PostState;

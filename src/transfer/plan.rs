@@ -1,198 +1,132 @@
-//! Plans: how a transfer is spread over rails. Pure: numbers in, slices out.
+//! Plans: how a transfer becomes slices. Pure: numbers in, slices out.
 //!
-//! Made once by prepXfer. Neighbours that are contiguous on both sides within one registration become one
-//! piece; large pieces are cut into chunks that go to the rail with the fewest planned bytes; small ones go
-//! whole. The result is one flat array of slices, grouped by rail and destination.
+//! Made once by prepXfer. Neighbours that are contiguous on both sides within one pair of regions become one piece;
+//! large pieces are cut into chunks, small ones go whole. Which rail moves a slice is decided when it is moved.
 
-use std::ops::Range;
-
-use crate::error::{Error, Result};
-use crate::rail::Slice;
+use crate::fabric::Slice;
 use crate::types::RailId;
 
-/// One way for a piece: a local rail, and the peer's endpoint with the remote key that belongs to it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// One way from here to the peer: a local rail, and an endpoint of the peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Lane {
     /// Local rail.
     pub rail: RailId,
     /// Index of the peer's endpoint.
     pub endpoint: u16,
-    /// Key of the remote region at that endpoint.
-    pub key: u64,
 }
 
 /// Pairs the rails on which the local region is registered with the peer's endpoints that have a key for the
-/// remote one, so that every rail of the smaller side is used, whatever the two counts are.
-pub fn pair_lanes(rails: &[RailId], keys: &[Option<u64>]) -> Vec<Lane> {
+/// remote one, so that every rail of the smaller side is used, whatever the two counts are. Gives the keys with the
+/// lanes.
+pub fn pair_lanes(rails: &[RailId], keys: &[Option<u64>]) -> (Vec<Lane>, Vec<u64>) {
     let remote: Vec<(u16, u64)> =
         keys.iter().enumerate().filter_map(|(i, key)| key.map(|key| (i as u16, key))).collect();
     if rails.is_empty() || remote.is_empty() {
-        return Vec::new();
+        return (Vec::new(), Vec::new());
     }
     (0..rails.len().max(remote.len()))
         .map(|i| {
             let (endpoint, key) = remote[i % remote.len()];
-            Lane { rail: rails[i % rails.len()], endpoint, key }
+            (Lane { rail: rails[i % rails.len()], endpoint }, key)
         })
-        .collect()
-}
-
-/// A descriptor pair, with its regions as indices into the caller's tables.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Piece {
-    /// Local virtual address.
-    pub local_addr: u64,
-    /// Remote address in the form that the provider takes.
-    pub remote_addr: u64,
-    /// Bytes, equal on both sides.
-    pub len: u64,
-    /// Index of the local region.
-    pub region: u32,
-    /// Index of the lane table that fits this pair of regions.
-    pub lanes: u32,
+        .unzip()
 }
 
 /// How large pieces are cut.
 #[derive(Debug, Clone, Copy)]
 pub struct Cutting {
-    /// Pieces shorter than this go whole over one rail.
+    /// Pieces shorter than this are not cut for the sake of spreading.
     pub striping_threshold_bytes: u64,
-    /// Longest slice where a piece is spread over rails.
+    /// Longest slice of a piece that is spread over rails.
     pub chunk_bytes_max: u64,
     /// Longest slice that the provider takes.
     pub message_bytes_max: u64,
 }
 
-/// Shortest chunk of a piece that is spread: below it the cost of an operation outweighs a second rail.
+/// Shortest chunk of a piece that is spread: below it the cost of an operation outweighs a second rail. One more rail
+/// is invited for each so many bytes of a transfer.
 const CHUNK_BYTES_MIN: u64 = 128 * 1024;
 /// Chunks begin at multiples of this from the start of their piece.
 const CHUNK_ALIGN: u64 = 4096;
+/// One more rail is invited for each so many slices.
+const SLICES_PER_RAIL: usize = 16;
 
-/// Slices for one rail and one of the peer's endpoints.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PlannedRun {
-    /// Local rail.
-    pub rail: RailId,
-    /// Index of the peer's endpoint.
-    pub endpoint: u16,
-    /// Its slices in [`Plan::slices`].
-    pub range: Range<u32>,
+/// Rails that one post is worth.
+pub fn rails_worth(slices: usize, bytes: u64, lanes: usize) -> usize {
+    let by_bytes = usize::try_from(bytes.div_ceil(CHUNK_BYTES_MIN)).unwrap_or(usize::MAX);
+    by_bytes.max(slices.div_ceil(SLICES_PER_RAIL)).min(slices).min(lanes).max(1)
 }
 
-/// A transfer spread over rails.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Plan {
-    /// All slices, those of a run together.
-    pub slices: Vec<Slice>,
-    /// The runs.
-    pub runs: Vec<PlannedRun>,
-    /// Bytes in all.
-    pub bytes: u64,
-}
-
-/// Joins pieces that continue one another on both sides, within one pair of regions.
-pub fn merge(pieces: impl Iterator<Item = Piece>) -> Vec<Piece> {
-    let mut merged: Vec<Piece> = Vec::with_capacity(pieces.size_hint().0);
-    for piece in pieces {
-        if let Some(last) = merged.last_mut() {
-            let continues = last.local_addr + last.len == piece.local_addr
-                && last.remote_addr + last.len == piece.remote_addr
-                && (last.region, last.lanes) == (piece.region, piece.lanes);
-            if continues {
-                last.len += piece.len;
-                continue;
-            }
-        }
-        merged.push(piece);
-    }
-    merged
-}
-
-/// Cuts and spreads `pieces`. `turn` decides who comes first among equals, so that transfers of one small
-/// piece do not all take the first rail.
-pub fn spread(pieces: &[Piece], lane_tables: &[Vec<Lane>], cutting: &Cutting, turn: usize) -> Result<Plan> {
-    let mut groups = Groups::default();
-    let tables: Vec<Vec<(usize, u64)>> = lane_tables
-        .iter()
-        .map(|lanes| lanes.iter().map(|lane| (groups.index_of(*lane), lane.key)).collect())
-        .collect();
-    let mut bytes = 0u64;
-    for piece in pieces {
-        let lanes = &tables[piece.lanes as usize];
-        if lanes.is_empty() {
-            return Err(Error::invalid("the peer's metadata has no remote key that any local rail can use"));
-        }
-        bytes += piece.len;
-        let chunk = chunk_len(piece.len, lanes.len() as u64, cutting);
-        let mut offset = 0;
-        while offset < piece.len {
-            let len = chunk.min(piece.len - offset);
-            let (group, remote_key) = groups.least_loaded(lanes, turn);
-            group.push(Slice {
-                local_addr: piece.local_addr + offset,
-                remote_addr: piece.remote_addr + offset,
-                remote_key,
-                len,
-                region: piece.region,
-            });
-            offset += len;
-        }
-    }
-    groups.into_plan(bytes)
-}
-
-/// Length of the slices of a piece.
-fn chunk_len(len: u64, lanes: u64, cutting: &Cutting) -> u64 {
-    let whole = cutting.message_bytes_max;
-    if lanes == 1 || len < cutting.striping_threshold_bytes {
-        return whole;
-    }
-    let share = len.div_ceil(lanes).next_multiple_of(CHUNK_ALIGN);
-    share.clamp(CHUNK_BYTES_MIN, cutting.chunk_bytes_max.max(CHUNK_BYTES_MIN)).min(whole)
-}
-
-struct Group {
-    rail: RailId,
-    endpoint: u16,
+/// Makes slices of descriptors that share their lanes: joins what continues, and cuts what is long.
+#[derive(Debug)]
+pub struct Cutter {
+    cutting: Cutting,
+    lanes: u64,
     slices: Vec<Slice>,
-    bytes: u64,
+    /// The piece that the next descriptor may continue.
+    open: Piece,
 }
 
-impl Group {
-    fn push(&mut self, slice: Slice) {
-        self.bytes += slice.len;
-        self.slices.push(slice);
-    }
+#[derive(Debug, Clone, Copy, Default)]
+struct Piece {
+    local_addr: u64,
+    remote_addr: u64,
+    len: u64,
+    pair: u32,
 }
 
-#[derive(Default)]
-struct Groups(Vec<Group>);
-
-impl Groups {
-    fn least_loaded(&mut self, lanes: &[(usize, u64)], turn: usize) -> (&mut Group, u64) {
-        let in_turn = (0..lanes.len()).map(|i| lanes[(turn + i) % lanes.len()]);
-        let (group, key) = in_turn.min_by_key(|(group, _)| self.0[*group].bytes).expect("there is a lane");
-        (&mut self.0[group], key)
+impl Cutter {
+    /// For descriptors that go over so many lanes; room for `capacity` of them is made.
+    pub fn new(cutting: Cutting, lanes: usize, capacity: usize) -> Self {
+        Self { cutting, lanes: lanes as u64, slices: Vec::with_capacity(capacity), open: Piece::default() }
     }
 
-    fn index_of(&mut self, lane: Lane) -> usize {
-        if let Some(i) = self.0.iter().position(|g| (g.rail, g.endpoint) == (lane.rail, lane.endpoint)) {
-            return i;
+    /// Adds a descriptor pair. Addresses and length were checked: none of them wraps around.
+    pub fn add(&mut self, local_addr: u64, remote_addr: u64, len: u64, pair: u32) {
+        let open = &mut self.open;
+        let continues = open.local_addr.wrapping_add(open.len) == local_addr
+            && open.remote_addr.wrapping_add(open.len) == remote_addr
+            && open.pair == pair;
+        if continues {
+            open.len += len;
+            return;
         }
-        self.0.push(Group { rail: lane.rail, endpoint: lane.endpoint, slices: Vec::new(), bytes: 0 });
-        self.0.len() - 1
+        let piece = std::mem::replace(open, Piece { local_addr, remote_addr, len, pair });
+        self.cut(piece);
     }
 
-    fn into_plan(self, bytes: u64) -> Result<Plan> {
-        let mut plan = Plan { bytes, ..Plan::default() };
-        for group in self.0.into_iter().filter(|g| !g.slices.is_empty()) {
-            let start = plan.slices.len() as u32;
-            plan.slices.extend(group.slices);
-            let end = u32::try_from(plan.slices.len())
-                .map_err(|_| Error::invalid("a transfer may have at most 4294967295 slices"))?;
-            plan.runs.push(PlannedRun { rail: group.rail, endpoint: group.endpoint, range: start..end });
+    /// The slices.
+    pub fn finish(mut self) -> Vec<Slice> {
+        self.cut(self.open);
+        self.slices
+    }
+
+    fn cut(&mut self, piece: Piece) {
+        let Piece { local_addr, remote_addr, len, pair } = piece;
+        let chunk = self.chunk_len(len);
+        if len <= chunk {
+            if len > 0 {
+                self.slices.push(Slice { local_addr, remote_addr, len: len as u32, pair });
+            }
+            return;
         }
-        Ok(plan)
+        let mut offset = 0;
+        while offset < len {
+            let len = chunk.min(len - offset) as u32;
+            let (local_addr, remote_addr) = (local_addr + offset, remote_addr + offset);
+            self.slices.push(Slice { local_addr, remote_addr, len, pair });
+            offset += u64::from(len);
+        }
+    }
+
+    /// Length of the slices of a piece; fits 32 bits, as what a provider takes does.
+    fn chunk_len(&self, len: u64) -> u64 {
+        let whole = self.cutting.message_bytes_max.min(u32::MAX.into());
+        if self.lanes == 1 || len < self.cutting.striping_threshold_bytes {
+            return whole;
+        }
+        let share = len.div_ceil(self.lanes).next_multiple_of(CHUNK_ALIGN);
+        share.clamp(CHUNK_BYTES_MIN, self.cutting.chunk_bytes_max.max(CHUNK_BYTES_MIN)).min(whole)
     }
 }
 
@@ -215,8 +149,8 @@ mod tests {
     proptest! {
         #[test]
         fn every_rail_of_the_smaller_side_is_used(local in 1u16..40, remote in 1usize..40) {
-            let keys: Vec<_> = (0..remote as u64).map(Some).collect();
-            let lanes = pair_lanes(&rails(local), &keys);
+            let keys: Vec<_> = (0..remote as u64).map(|k| Some(k + 7)).collect();
+            let (lanes, keys) = pair_lanes(&rails(local), &keys);
             let mut used_rails: Vec<_> = lanes.iter().map(|l| l.rail).collect();
             let mut used_endpoints: Vec<_> = lanes.iter().map(|l| l.endpoint).collect();
             used_rails.sort_unstable();
@@ -225,83 +159,89 @@ mod tests {
             used_endpoints.dedup();
             prop_assert_eq!(used_rails.len(), local as usize);
             prop_assert_eq!(used_endpoints.len(), remote);
-            prop_assert!(lanes.iter().all(|l| l.key == u64::from(l.endpoint)));
+            prop_assert!(lanes.iter().zip(&keys).all(|(lane, key)| *key == u64::from(lane.endpoint) + 7));
         }
 
+        /// Descriptors anywhere, some behind one another, in two pairs of regions.
         #[test]
-        fn a_plan_covers_every_byte_once(
-            lens in prop::collection::vec(0u64..3_000_000, 1..40),
-            local in 1u16..9,
-            remote in 1usize..9,
-            turn in 0usize..100,
+        fn slices_cover_every_byte_once(
+            descs in prop::collection::vec((0u64..3_000_000, any::<bool>(), 0u32..2), 0..40),
+            lanes in 1usize..9,
+            message_bytes_max in prop::sample::select(vec![4096u64, 1 << 20, 1 << 30]),
         ) {
-            let keys: Vec<_> = (0..remote as u64).map(|k| Some(k + 7)).collect();
-            let lanes = vec![pair_lanes(&rails(local), &keys)];
-            let mut pieces = Vec::new();
-            let mut at = 0;
-            for len in lens {
-                pieces.push(Piece { local_addr: at, remote_addr: at ^ (1 << 40), len, region: 0, lanes: 0 });
-                at += len + 1;
+            let mut cutter = Cutter::new(Cutting { message_bytes_max, ..CUTTING }, lanes, descs.len());
+            let (mut at, mut last, mut expected) = (1 << 20, 0, Vec::new());
+            for (len, continues, pair) in descs {
+                // The other pair's memory is elsewhere.
+                let continues = continues && pair == last;
+                at += u64::from(!continues);
+                cutter.add(at + (u64::from(pair) << 50), at ^ (1 << 40), len, pair);
+                expected.extend((len > 0).then_some((at, at + len, pair)));
+                at += len;
+                last = pair;
             }
-            let plan = spread(&pieces, &lanes, &CUTTING, turn).unwrap();
-            let mut covered: Vec<_> = plan.slices.iter().map(|s| (s.local_addr, s.len, s.remote_addr)).collect();
-            covered.sort_unstable();
-            prop_assert_eq!(covered.iter().map(|c| c.1).sum::<u64>(), plan.bytes);
-            let mut expected = pieces.iter().filter(|p| p.len > 0).peekable();
-            let mut offset = 0;
-            for (addr, len, remote) in covered {
-                let piece = expected.peek().unwrap();
-                prop_assert_eq!(addr, piece.local_addr + offset);
-                prop_assert_eq!(remote, piece.remote_addr + offset);
-                offset += len;
-                if offset == piece.len {
-                    expected.next();
-                    offset = 0;
+            let slices = cutter.finish();
+            let mut bytes = slices.iter().flat_map(|slice| {
+                let start = slice.local_addr - (u64::from(slice.pair) << 50);
+                assert_eq!(start ^ (1 << 40), slice.remote_addr);
+                assert!(slice.len > 0 && u64::from(slice.len) <= message_bytes_max);
+                [(start, start + u64::from(slice.len), slice.pair)]
+            });
+            // Slices in order give the descriptors, joined or cut.
+            let mut open: Option<(u64, u64, u32)> = None;
+            for (start, end, pair) in expected {
+                let mut reached = start;
+                while reached < end {
+                    let (from, to, of) = open.take().or_else(|| bytes.next()).expect("a slice lacks");
+                    prop_assert_eq!((from, of), (reached, pair));
+                    reached = to.min(end);
+                    open = (to > reached).then_some((reached, to, of));
                 }
             }
-            prop_assert!(expected.next().is_none());
-            let mut next = 0;
-            for run in &plan.runs {
-                prop_assert_eq!(run.range.start, next);
-                next = run.range.end;
-                for slice in &plan.slices[run.range.start as usize..run.range.end as usize] {
-                    prop_assert_eq!(slice.remote_key, u64::from(run.endpoint) + 7);
-                }
-            }
-            prop_assert_eq!(next as usize, plan.slices.len());
+            prop_assert!(open.is_none() && bytes.next().is_none());
         }
 
         #[test]
-        fn merging_keeps_the_bytes(cuts in prop::collection::vec(1u64..100, 1..20), gap in 0usize..20) {
-            let mut at = 0;
-            let pieces: Vec<_> = cuts.iter().enumerate().map(|(i, &len)| {
-                if i == gap { at += 1; }
-                let piece = Piece { local_addr: at, remote_addr: at + 500, len, region: 0, lanes: 0 };
-                at += len;
-                piece
-            }).collect();
-            let merged = merge(pieces.iter().copied());
-            prop_assert_eq!(merged.iter().map(|p| p.len).sum::<u64>(), cuts.iter().sum::<u64>());
-            prop_assert_eq!(merged.len(), if gap > 0 && gap < cuts.len() { 2 } else { 1 });
+        fn a_post_is_worth_a_rail_at_least_and_no_more_than_there_are(
+            slices in 1usize..100_000, bytes in 1u64..1 << 40, lanes in 1usize..64,
+        ) {
+            let worth = rails_worth(slices, bytes, lanes);
+            prop_assert!((1..=lanes.min(slices)).contains(&worth));
+            prop_assert!(rails_worth(slices + 1, bytes + (1 << 20), lanes) >= worth);
         }
     }
 
     #[test]
-    fn large_pieces_use_all_lanes_and_small_ones_take_turns() {
-        let lanes = vec![pair_lanes(&rails(4), &[Some(1), Some(2), Some(3), Some(4)])];
-        let piece = |len| Piece { local_addr: 0, remote_addr: 0, len, region: 0, lanes: 0 };
-        assert_eq!(spread(&[piece(64 << 20)], &lanes, &CUTTING, 0).unwrap().runs.len(), 4);
-        let first: Vec<_> =
-            (0..4).map(|turn| spread(&[piece(64)], &lanes, &CUTTING, turn).unwrap().runs[0].rail).collect();
-        assert_eq!(first, rails(4));
+    fn neighbours_join_and_large_pieces_are_cut_for_all_lanes() {
+        let cut = |lanes, descs: &[(u64, u64)]| {
+            let mut cutter = Cutter::new(CUTTING, lanes, 0);
+            for &(addr, len) in descs {
+                cutter.add(addr, addr + 500, len, 0);
+            }
+            cutter.finish().into_iter().map(|slice| u64::from(slice.len)).collect::<Vec<_>>()
+        };
+        assert_eq!(cut(4, &[(10, 20), (30, 5), (36, 1)]), [25, 1]);
+        assert_eq!(cut(4, &[(0, 64 << 20)]).len(), 64);
+        assert_eq!(cut(4, &[(0, 512 << 10)]), [128 << 10; 4]);
+        assert_eq!(cut(1, &[(0, 64 << 20)]), [64 << 20]);
+        assert_eq!(cut(1, &[(0, 3 << 30)]), [1 << 30; 3]);
+        assert!(cut(4, &[(0, 0), (7, 0)]).is_empty());
+    }
+
+    #[test]
+    fn small_posts_take_one_rail_and_large_ones_all() {
+        assert_eq!(rails_worth(1, 4096, 4), 1);
+        assert_eq!(rails_worth(16, 65_536, 4), 1);
+        assert_eq!(rails_worth(17, 69_632, 4), 2);
+        assert_eq!(rails_worth(4, 512 << 10, 4), 4);
+        assert_eq!(rails_worth(4096, 16 << 20, 32), 32);
     }
 
     #[test]
     fn keys_that_are_not_there_leave_no_lane() {
-        assert!(pair_lanes(&rails(2), &[None, None]).is_empty());
-        assert!(pair_lanes(&[], &[Some(1)]).is_empty());
-        assert_eq!(pair_lanes(&rails(1), &[None, Some(9)])[0], Lane { rail: RailId(0), endpoint: 1, key: 9 });
-        let piece = Piece { local_addr: 0, remote_addr: 0, len: 1, region: 0, lanes: 0 };
-        assert!(spread(&[piece], &[Vec::new()], &CUTTING, 0).is_err());
+        assert!(pair_lanes(&rails(2), &[None, None]).0.is_empty());
+        assert!(pair_lanes(&[], &[Some(1)]).0.is_empty());
+        let (lanes, keys) = pair_lanes(&rails(1), &[None, Some(9)]);
+        assert_eq!((lanes[0], keys[0]), (Lane { rail: RailId(0), endpoint: 1 }, 9));
     }
 }

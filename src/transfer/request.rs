@@ -1,89 +1,100 @@
 //! A transfer request: prepared once, posted any number of times.
 //!
-//! What prepXfer allocates, postXfer reuses. A post counts its parts (one run for each rail and destination,
-//! and the notification) and is over when the count is back at zero. Rails hold the request for as long as
-//! anything of it is in flight, so a host that releases it early only lets go of its own share.
+//! What prepXfer allocates, postXfer reuses. A post has parts (one piece of work for each set of lanes, and the
+//! notification) and is over when none is left. Rails hold the work of a post for as long as anything of it is in
+//! flight, so a host that releases a request early only lets go of its own share.
+//!
+//! A request knows nothing of peers. When a part is over it says what is to be done next.
 
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::plan::PlannedRun;
+use super::plan::{self, Lane};
 use super::state::PostState;
 use crate::error::{Error, Result, Status};
-use crate::fabric::MemoryRegion;
+use crate::fabric::RmaList;
 use crate::memory::{RegionUser, Registration, begin_uses};
-use crate::peer::Peer;
-use crate::rail::{Rail, Run, RunOwner, Slice};
-use crate::types::Op;
+use crate::rail::{Destination, Event, Invitation, Rail, Tag, Work};
+use crate::types::{Op, RailId};
+
+/// Operations that go over the same lanes.
+pub struct Part {
+    /// The lanes, in the order of the list's.
+    pub lanes: Vec<Lane>,
+    /// The operations; not empty.
+    pub list: Arc<RmaList>,
+}
 
 /// A prepared transfer with one remote peer.
 pub struct Transfer {
     op: Op,
-    peer: Arc<Peer>,
     bytes: u64,
-    slices: Arc<[Slice]>,
-    runs: Vec<PlannedRun>,
-    /// Local registrations in use; a run's regions stand in the same order.
+    lanes: Vec<Lanes>,
+    /// The list of each set of lanes; none once one of the local ranges is deregistered.
+    lists: Mutex<Vec<Arc<RmaList>>>,
+    /// Local registrations in use.
     registrations: Vec<Arc<Registration>>,
-    /// Regions of each run; none once one of the ranges is deregistered.
-    regions: Mutex<Vec<Arc<[MemoryRegion]>>>,
     state: PostState,
     /// Parts of this post that are not over.
     parts: AtomicU32,
     post: Mutex<Post>,
 }
 
-/// How a peer tells the writes of a transfer from others.
-#[derive(Debug, Clone, Copy)]
-pub struct Announced {
-    /// Our session with the peer, in which the number counts.
-    pub session: u64,
-    /// The transfer's number.
-    pub id: u64,
-    /// Immediate data of each write.
-    pub immediate: u32,
+/// A set of lanes, and which of them the last post took: the first one in the upper half, how many in the lower.
+struct Lanes {
+    all: Vec<Lane>,
+    invited: AtomicU64,
 }
 
 /// What belongs to one post of the request.
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Post {
-    /// Sent when the data is here (READ).
+    /// Sent when the data has arrived.
     notification: Option<Vec<u8>>,
-    /// How the peer counts the writes (WRITE with notification).
-    announced: Option<Announced>,
+    works: Vec<Arc<Work>>,
     failed_at: Option<Instant>,
     posted_at: Option<Instant>,
     took: Option<Duration>,
 }
 
+/// What is to be done when a part of a post is over.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Other parts are not over.
+    Nothing,
+    /// Send this; the message is one more part.
+    Notify(Vec<u8>),
+    /// The post is over.
+    Ended {
+        /// How long it took, if all went well.
+        took: Option<Duration>,
+        /// Bytes of its notification, if that will not be sent.
+        unsent: Option<usize>,
+    },
+}
+
 impl Transfer {
-    /// A request that was never posted. `regions` has one table for each of `runs`.
-    pub fn new(
-        op: Op,
-        peer: Arc<Peer>,
-        bytes: u64,
-        slices: Vec<Slice>,
-        runs: Vec<PlannedRun>,
-        registrations: Vec<Arc<Registration>>,
-        regions: Vec<Arc<[MemoryRegion]>>,
-    ) -> Arc<Self> {
-        debug_assert_eq!(runs.len(), regions.len());
+    /// A request that was never posted.
+    pub fn new(op: Op, parts: Vec<Part>, registrations: Vec<Arc<Registration>>) -> Arc<Self> {
+        let bytes = parts.iter().map(|part| part.list.bytes()).sum();
+        let (lanes, lists) = parts
+            .into_iter()
+            .map(|part| (Lanes { all: part.lanes, invited: AtomicU64::new(0) }, part.list))
+            .unzip();
         let transfer = Arc::new(Self {
             op,
-            peer,
             bytes,
-            slices: slices.into(),
-            runs,
+            lanes,
+            lists: Mutex::new(lists),
             registrations,
-            regions: Mutex::new(regions),
             state: PostState::default(),
             parts: AtomicU32::new(0),
             post: Mutex::default(),
         });
         for registration in &transfer.registrations {
-            let weak: Weak<Self> = Arc::downgrade(&transfer);
-            registration.add_user(weak);
+            let user: Arc<dyn RegionUser> = Arc::clone(&transfer) as _;
+            registration.add_user(Arc::downgrade(&user));
         }
         transfer
     }
@@ -93,143 +104,131 @@ impl Transfer {
         self.op
     }
 
-    /// The peer.
-    pub fn peer(&self) -> &Arc<Peer> {
-        &self.peer
-    }
-
     /// Bytes moved by one post.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// RMA operations of one post: for a WRITE, as many as the peer counts.
-    pub fn slice_count(&self) -> u32 {
-        self.slices.len() as u32
+    /// Whether the last post is over.
+    pub fn is_over(&self) -> bool {
+        !self.state.is_in_flight()
     }
 
-    /// The rails that it uses, each once or more.
-    pub fn runs(&self) -> &[PlannedRun] {
-        &self.runs
-    }
-
-    /// How long the last successful post took.
-    pub fn took(&self) -> Option<Duration> {
-        self.lock().took
-    }
-
-    /// Begins a post: from here on it is in flight, whatever becomes of it.
+    /// Begins a post: from here on it is in flight, whatever becomes of it. The poster is a part of its own, so that
+    /// it cannot be over before all of it was handed out; see [`part_over`](Self::part_over).
     pub fn begin(&self, notification: Option<Vec<u8>>) -> Result<()> {
         self.state.check_postable()?;
         begin_uses(self.registrations.iter()).map_err(|gone| {
             Error::not_found(format!("a local region of the transfer was deregistered: {gone}"))
         })?;
         *self.lock() = Post { notification, posted_at: Some(Instant::now()), ..Post::default() };
-        // The poster's own part: the post cannot be over before all of it was handed out.
         self.parts.store(1, Ordering::Relaxed);
         self.state.begin();
         Ok(())
     }
 
-    /// Counts one more part.
-    pub fn add_part(&self) {
-        self.parts.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Hands the runs to their rails.
-    pub fn launch(self: &Arc<Self>, rails: &[Arc<Rail>], announced: Option<Announced>) {
-        self.lock().announced = announced;
+    /// Invites rails to the work of a post: as many as it deserves, beginning at a place that `turn` decides. `tag` comes back
+    /// when a part of it is over.
+    pub fn launch(
+        &self,
+        tag: &Tag,
+        turn: usize,
+        rails: &[Arc<Rail>],
+        destination: impl Fn(u16) -> Destination,
+    ) {
         // While the post is in use of its registrations, their regions stay.
-        let regions = self.lock_regions();
-        debug_assert_eq!(self.runs.len(), regions.len());
-        self.parts.fetch_add(self.runs.len() as u32, Ordering::Relaxed);
-        for (run, regions) in self.runs.iter().zip(regions.iter()) {
-            rails[run.rail.index()].submit(Run {
-                op: self.op,
-                destination: self.peer.destination(run.endpoint),
-                immediate: announced.map(|announced| announced.immediate),
-                slices: Arc::clone(&self.slices),
-                range: run.range.clone(),
-                regions: Arc::clone(regions),
-                owner: Arc::clone(self) as Arc<dyn RunOwner>,
-            });
+        let lists = self.lists.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let works: Vec<_> = lists.into_iter().map(|list| Work::new(self.op, list, Arc::clone(tag))).collect();
+        {
+            // Under the lock: who fails the post stops all of it, or comes before and nothing is begun.
+            let mut post = self.lock();
+            if self.state.is_stopped() {
+                return;
+            }
+            self.parts.fetch_add(works.len() as u32, Ordering::Relaxed);
+            post.works.clone_from(&works);
+        }
+        for (lanes, work) in self.lanes.iter().zip(works) {
+            let count = plan::rails_worth(work.len() as usize, work.bytes(), lanes.all.len());
+            let first = turn % lanes.all.len();
+            lanes.invited.store((first as u64) << 32 | count as u64, Ordering::Relaxed);
+            for (index, lane) in lanes.invited() {
+                rails[lane.rail.index()].invite(Invitation {
+                    work: Arc::clone(&work),
+                    lane: index as u16,
+                    destination: destination(lane.endpoint),
+                    shared: count > 1,
+                });
+            }
         }
     }
 
-    /// Records the first error; what is not posted yet stays so.
-    pub fn fail(&self, error: Error) {
-        let mut post = self.lock();
-        if self.state.fail(error) {
-            post.failed_at = Some(Instant::now());
-        }
+    /// The rails that the last post took.
+    pub fn rails(&self) -> impl Iterator<Item = RailId> + '_ {
+        self.lanes.iter().flat_map(|lanes| lanes.invited().map(|(_, lane)| lane.rail))
     }
 
-    /// One part is over. The last one ends the post, or sends the notification of a READ as a further part.
-    pub fn part_finished(self: &Arc<Self>) {
+    /// Keeps the first error; what is not posted yet stays so. Appends the end of work that this was the end of.
+    pub fn fail(&self, error: Error, events: &mut Vec<Event>) {
+        let works = {
+            let mut post = self.lock();
+            if self.state.fail(error) {
+                post.failed_at = Some(Instant::now());
+            }
+            post.works.clone()
+        };
+        events.extend(works.into_iter().filter(|work| work.stop()).map(|work| Event::WorkOver { work }));
+    }
+
+    /// One part is over.
+    pub fn part_over(&self) -> Next {
         if self.parts.fetch_sub(1, Ordering::AcqRel) > 1 {
-            return;
+            return Next::Nothing;
         }
         // Errors are recorded under this lock: what is decided here is what the host is told.
         let mut post = self.lock();
+        post.works.clear();
         let failure = self.state.failure();
         if failure.is_none() {
             if let Some(message) = post.notification.take() {
-                drop(post);
                 self.parts.store(1, Ordering::Relaxed);
-                self.peer.notify_after(self, message);
-                return;
+                return Next::Notify(message);
             }
             post.took = post.posted_at.map(|at| at.elapsed());
-            if let Some(took) = post.took {
-                self.peer.rates().record(self.bytes, took);
-            }
         }
-        let announced = post.announced;
+        let (took, unsent) = (post.took, post.notification.take().map(|message| message.len()));
         drop(post);
-        if let (Some(_), Some(announced)) = (&failure, announced) {
-            self.peer.report_failed_transfer(announced);
-        }
         for registration in &self.registrations {
             registration.end_use();
         }
         self.state.end(failure);
+        Next::Ended { took, unsent }
     }
 
     /// What checkXfer answers. A failed post is reported when nothing of it is in flight any more, or when
     /// `drain_timeout` has passed since it failed.
-    pub fn status(&self, drain_timeout: Duration, transfer_timeout: Option<Duration>) -> Result<Status> {
+    pub fn status(&self, drain_timeout: Duration) -> Result<Status> {
         let status = self.state.status()?;
-        if status != Status::InProgress {
-            return Ok(status);
-        }
-        if self.state.is_stopped() {
+        if status == Status::InProgress && self.state.is_stopped() {
             let failed_at = self.lock().failed_at;
             if failed_at.is_some_and(|at| at.elapsed() > drain_timeout) {
                 return Err(self.state.error());
-            }
-        } else if let Some(limit) = transfer_timeout {
-            let posted_at = self.lock().posted_at;
-            if posted_at.is_some_and(|at| at.elapsed() > limit) {
-                self.fail(Error::backend(format!(
-                    "the transfer with {} was not done after {} ms (transfer_timeout_ms)",
-                    self.peer.name(),
-                    limit.as_millis()
-                )));
             }
         }
         Ok(status)
     }
 
-    /// The host lets go of the request. In flight, it lives on in the rails until its last completion.
-    pub fn release(&self) {
-        self.state.stop();
-        if self.state.is_in_flight() {
-            self.fail(Error::new(Status::Canceled, "the transfer was released in flight"));
-        }
+    /// Whether the post is in flight for longer than `limit`, and nothing has failed.
+    pub fn is_late(&self, limit: Duration) -> bool {
+        !self.state.is_stopped() && self.lock().posted_at.is_some_and(|at| at.elapsed() > limit)
     }
 
-    fn lock_regions(&self) -> MutexGuard<'_, Vec<Arc<[MemoryRegion]>>> {
-        self.regions.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The host lets go of the request. In flight, it lives on in the rails until its last completion.
+    pub fn release(&self, events: &mut Vec<Event>) {
+        self.state.stop();
+        if self.state.is_in_flight() {
+            self.fail(Error::new(Status::Canceled, "the transfer was released in flight"), events);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Post> {
@@ -238,22 +237,17 @@ impl Transfer {
     }
 }
 
-impl RunOwner for Transfer {
-    fn is_stopped(&self) -> bool {
-        self.state.is_stopped()
-    }
-
-    fn on_error(&self, error: Error) {
-        self.fail(error.context(format_args!("transfer with {}", self.peer.name())));
-    }
-
-    fn on_finished(self: Arc<Self>) {
-        self.part_finished();
+impl Lanes {
+    /// The lanes that the last post took, with their places.
+    fn invited(&self) -> impl Iterator<Item = (usize, Lane)> + '_ {
+        let invited = self.invited.load(Ordering::Relaxed);
+        let (first, count) = ((invited >> 32) as usize, (invited & u64::from(u32::MAX)) as usize);
+        (first..first + count).map(|i| i % self.all.len()).map(|i| (i, self.all[i]))
     }
 }
 
 impl RegionUser for Transfer {
     fn forget_regions(&self) {
-        self.lock_regions().clear();
+        self.lists.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 }

@@ -10,15 +10,13 @@ use crate::error::Result;
 
 /// Bytes that every message starts with: u8 kind, 3 bytes zero, u64 session.
 const HEADER_BYTES: usize = 12;
-const FRAGMENT_HEADER_BYTES: usize = HEADER_BYTES + 28;
+const FRAGMENT_HEADER_BYTES: usize = HEADER_BYTES + 16;
 /// Payload bytes of a full fragment where the peer takes control messages of 8192 bytes.
 pub const FRAGMENT_CAPACITY: usize = CONTROL_BYTES_MAX - FRAGMENT_HEADER_BYTES;
 
-const FRAGMENT: u8 = 1;
-const TRANSFER_FAILED: u8 = 2;
-const ACK: u8 = 3;
-const GOODBYE: u8 = 4;
+// 1 to 4 were the fragments and counts of builds before 0.2, which announced a WRITE's notification before its data.
 const STAGING: u8 = 5;
+const FRAGMENT: u8 = 6;
 
 /// A control message and the sender's number for the connection ([`HandshakeExtension::session`]): a message of an
 /// earlier connection is told by it.
@@ -37,20 +35,6 @@ pub struct ControlMessage<'a> {
 pub enum Body<'a> {
     /// A piece of a notification.
     Fragment(Fragment<'a>),
-    /// A transfer with notification has failed: the notification must not be delivered.
-    TransferFailed {
-        /// The transfer, not 0.
-        transfer_id: u64,
-        /// Writes that did arrive, as far as the sender knows.
-        final_count: u32,
-    },
-    /// The receiver of writes is done with every transfer below this id.
-    Ack {
-        /// The floor.
-        completed_below: u64,
-    },
-    /// The sender leaves: nothing comes after it.
-    Goodbye,
     /// GPU memory is reached through host memory.
     Staging(Staging<'a>),
 }
@@ -58,12 +42,8 @@ pub enum Body<'a> {
 /// A piece of a notification. All pieces of one repeat all fields but offset and payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fragment<'a> {
-    /// For a notification that stands alone: counts up from 1 within the session. Else 0.
+    /// Tells the notifications of a session apart: counts up from 1.
     pub message_id: u64,
-    /// For the notification of a write transfer: counts up from 1 within the session. Else 0.
-    pub transfer_id: u64,
-    /// Writes of the transfer that must have arrived before the notification is delivered; 0 without a transfer.
-    pub expected_writes: u32,
     /// Bytes of the whole message.
     pub total_len: u32,
     /// Place of the payload in the message.
@@ -81,16 +61,6 @@ impl<'a> ControlMessage<'a> {
         let session = u64::from_le_bytes(input.take().ok_or_else(cut)?);
         let body = match kind {
             FRAGMENT => Body::Fragment(Fragment::decode(&mut input).ok_or_else(cut)?.checked()?),
-            TRANSFER_FAILED => {
-                let transfer_id = u64::from_le_bytes(input.take().ok_or_else(cut)?);
-                let final_count = u32::from_le_bytes(input.take().ok_or_else(cut)?);
-                if transfer_id == 0 {
-                    return Err(malformed("transfer 0 is said to have failed"));
-                }
-                Body::TransferFailed { transfer_id, final_count }
-            }
-            ACK => Body::Ack { completed_below: u64::from_le_bytes(input.take().ok_or_else(cut)?) },
-            GOODBYE => Body::Goodbye,
             STAGING => Body::Staging(Staging::decode(&mut input)?),
             kind => return Err(malformed(format!("a control message has the unknown kind {kind}"))),
         };
@@ -101,9 +71,6 @@ impl<'a> ControlMessage<'a> {
     pub fn encode_into(&self, out: &mut Vec<u8>) {
         let kind = match self.body {
             Body::Fragment(_) => FRAGMENT,
-            Body::TransferFailed { .. } => TRANSFER_FAILED,
-            Body::Ack { .. } => ACK,
-            Body::Goodbye => GOODBYE,
             Body::Staging(_) => STAGING,
         };
         out.clear();
@@ -111,12 +78,6 @@ impl<'a> ControlMessage<'a> {
         out.extend_from_slice(&self.session.to_le_bytes());
         match self.body {
             Body::Fragment(fragment) => fragment.encode_into(out),
-            Body::TransferFailed { transfer_id, final_count } => {
-                out.extend_from_slice(&transfer_id.to_le_bytes());
-                out.extend_from_slice(&final_count.to_le_bytes());
-            }
-            Body::Ack { completed_below } => out.extend_from_slice(&completed_below.to_le_bytes()),
-            Body::Goodbye => {}
             Body::Staging(message) => message.encode_into(out),
         }
     }
@@ -126,8 +87,6 @@ impl<'a> Fragment<'a> {
     fn decode(input: &mut Bytes<'a>) -> Option<Self> {
         Some(Self {
             message_id: u64::from_le_bytes(input.take()?),
-            transfer_id: u64::from_le_bytes(input.take()?),
-            expected_writes: u32::from_le_bytes(input.take()?),
             total_len: u32::from_le_bytes(input.take()?),
             offset: u32::from_le_bytes(input.take()?),
             payload: input.0,
@@ -135,11 +94,8 @@ impl<'a> Fragment<'a> {
     }
 
     fn checked(self) -> Result<Self> {
-        if (self.message_id == 0) == (self.transfer_id == 0) {
-            return Err(malformed("a notification needs either a message id or a transfer id"));
-        }
-        if self.transfer_id == 0 && self.expected_writes != 0 {
-            return Err(malformed("a notification without a transfer expects writes"));
+        if self.message_id == 0 {
+            return Err(malformed("a notification has the number 0"));
         }
         let end = u64::from(self.offset) + self.payload.len() as u64;
         if end > u64::from(self.total_len) || (self.payload.is_empty() && self.total_len != 0) {
@@ -155,44 +111,27 @@ impl<'a> Fragment<'a> {
 
     fn encode_into(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(&self.message_id.to_le_bytes());
-        out.extend_from_slice(&self.transfer_id.to_le_bytes());
-        out.extend_from_slice(&self.expected_writes.to_le_bytes());
         out.extend_from_slice(&self.total_len.to_le_bytes());
         out.extend_from_slice(&self.offset.to_le_bytes());
         out.extend_from_slice(self.payload);
     }
 }
 
-/// Which notification a [`FragmentCursor`] cuts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Subject {
-    /// One that stands alone, with its message id, not 0.
-    Message(u64),
-    /// One that follows a write transfer.
-    Transfer {
-        /// Transfer id, not 0.
-        id: u64,
-        /// Writes with immediate data that the transfer makes.
-        expected_writes: u32,
-    },
-}
-
 /// Cuts one notification into fragments, one at a time, as the control channel has room.
 #[derive(Debug, Clone)]
 pub struct FragmentCursor {
     session: u64,
-    subject: Subject,
+    message_id: u64,
     message: Vec<u8>,
     /// Payload bytes of a full fragment.
     capacity: usize,
     /// Offset of the next fragment; `None` when all are out.
     next: Option<u32>,
-    last: u32,
 }
 
 impl FragmentCursor {
     /// `control_bytes_max` is the peer's, from its [`Extension`](super::Extension).
-    pub fn new(session: u64, subject: Subject, message: Vec<u8>, control_bytes_max: u32) -> Result<Self> {
+    pub fn new(session: u64, message_id: u64, message: Vec<u8>, control_bytes_max: u32) -> Result<Self> {
         let control_bytes = CONTROL_BYTES_MAX.min(control_bytes_max as usize);
         let capacity = control_bytes.checked_sub(FRAGMENT_HEADER_BYTES).filter(|capacity| *capacity > 0);
         let Some(capacity) = capacity else {
@@ -206,17 +145,12 @@ impl FragmentCursor {
                 message.len()
             )));
         }
-        Ok(Self { session, subject, message, capacity, next: Some(0), last: 0 })
+        Ok(Self { session, message_id, message, capacity, next: Some(0) })
     }
 
     /// Fragments in all.
     pub fn count(&self) -> usize {
         self.message.len().div_ceil(self.capacity).max(1)
-    }
-
-    /// Whether every fragment is out.
-    pub fn is_done(&self) -> bool {
-        self.next.is_none()
     }
 
     /// Clears `out` and writes the next fragment into it; `false` when there is none.
@@ -225,26 +159,14 @@ impl FragmentCursor {
         let Some(offset) = self.next else { return false };
         let start = offset as usize;
         let end = (start + self.capacity).min(self.message.len());
-        let (message_id, transfer_id, expected_writes) = match self.subject {
-            Subject::Message(id) => (id, 0, 0),
-            Subject::Transfer { id, expected_writes } => (0, id, expected_writes),
-        };
         let fragment = Fragment {
-            message_id,
-            transfer_id,
-            expected_writes,
+            message_id: self.message_id,
             total_len: self.message.len() as u32,
             offset,
             payload: &self.message[start..end],
         };
         ControlMessage { session: self.session, body: Body::Fragment(fragment) }.encode_into(out);
-        self.last = offset;
         self.next = (end < self.message.len()).then_some(end as u32);
         true
-    }
-
-    /// Takes back the last fragment: the fabric had no room for it.
-    pub fn step_back(&mut self) {
-        self.next = Some(self.last);
     }
 }

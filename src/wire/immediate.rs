@@ -27,13 +27,6 @@ pub enum Immediate {
         /// The sender's index, or 0 where it is not known yet.
         index: u8,
     },
-    /// Version 2: one write of a transfer has arrived.
-    Transfer {
-        /// The sender's index, below [`PEERS_MAX`].
-        peer: u16,
-        /// The low 14 bits of the transfer id.
-        id_low: u16,
-    },
     /// Version 2: a control message comes with it.
     Control {
         /// The sender's index, below [`PEERS_MAX`].
@@ -45,14 +38,10 @@ pub enum Immediate {
 pub const PEERS_MAX: u16 = 1 << 14;
 /// Peers that the stock wire can tell apart: give a stock peer an index below this.
 pub const STOCK_PEERS_MAX: u16 = 1 << 8;
-/// Transfer ids that version 2 can tell apart in an immediate.
-pub const ID_LOW_COUNT: u16 = 1 << 14;
-
 const STOCK_NOTIFICATION: u32 = 2;
 const STOCK_TRANSFER: u32 = 4;
 const STOCK_HANDSHAKE: u32 = 8;
-// The stock wire takes its types from the powers of two; ours have three bits set.
-const TRANSFER: u32 = 0b1101;
+// The stock wire takes its types from the powers of two; ours has three bits set.
 const CONTROL: u32 = 0b1011;
 
 const LOW_14: u32 = (1 << 14) - 1;
@@ -61,16 +50,14 @@ impl Immediate {
     /// The bits.
     pub fn encode(self) -> u32 {
         let stock = |kind: u32, index: u8, id: u16| kind | u32::from(index) << 4 | u32::from(id) << 12;
-        let v2 = |kind: u32, peer: u16, id_low: u16| {
-            debug_assert!(peer < PEERS_MAX && id_low < ID_LOW_COUNT, "fields of 14 bits");
-            kind | (u32::from(peer) & LOW_14) << 4 | (u32::from(id_low) & LOW_14) << 18
-        };
         match self {
             Self::StockNotification { index, id } => stock(STOCK_NOTIFICATION, index, id),
             Self::StockTransfer { index, id } => stock(STOCK_TRANSFER, index, id),
             Self::StockHandshake { index } => stock(STOCK_HANDSHAKE, index, 0),
-            Self::Transfer { peer, id_low } => v2(TRANSFER, peer, id_low),
-            Self::Control { peer } => v2(CONTROL, peer, 0),
+            Self::Control { peer } => {
+                debug_assert!(peer < PEERS_MAX, "a field of 14 bits");
+                CONTROL | (u32::from(peer) & LOW_14) << 4
+            }
         }
     }
 
@@ -81,12 +68,10 @@ impl Immediate {
         let index = (bits >> 4) as u8;
         let id = (bits >> 12) as u16;
         let peer = (bits >> 4 & LOW_14) as u16;
-        let id_low = (bits >> 18) as u16;
         Ok(match bits & 0xf {
             STOCK_NOTIFICATION => Self::StockNotification { index, id },
             STOCK_TRANSFER => Self::StockTransfer { index, id },
             STOCK_HANDSHAKE => Self::StockHandshake { index },
-            TRANSFER => Self::Transfer { peer, id_low },
             CONTROL => Self::Control { peer },
             kind => return Err(malformed(format!("immediate data {bits:#x} has the unknown type {kind}"))),
         })

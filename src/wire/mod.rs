@@ -15,7 +15,7 @@ pub mod stock;
 pub use blob::{
     CONNECTION_INFO_BYTES_MAX, ConnectionInfo, EndpointName, Extension, PublicMetadata, RAILS_MAX,
 };
-pub use control::{Body, ControlMessage, Fragment, FragmentCursor, Subject};
+pub use control::{Body, ControlMessage, Fragment, FragmentCursor};
 pub use handshake::{Handshake, HandshakeExtension};
 pub use immediate::Immediate;
 pub use staging::Staging;

@@ -169,9 +169,4 @@ impl StockFragmentCursor {
         self.next += 1;
         true
     }
-
-    /// Takes back the last fragment: the fabric had no room for it.
-    pub fn step_back(&mut self) {
-        self.next = self.next.saturating_sub(1);
-    }
 }

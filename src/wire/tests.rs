@@ -69,12 +69,11 @@ proptest! {
     }
 
     #[test]
-    fn immediates_read_back(index: u8, id: u16, peer in 0..immediate::PEERS_MAX, id_low in 0..immediate::ID_LOW_COUNT) {
+    fn immediates_read_back(index: u8, id: u16, peer in 0..immediate::PEERS_MAX) {
         for immediate in [
             Immediate::StockNotification { index, id },
             Immediate::StockTransfer { index, id },
             Immediate::StockHandshake { index },
-            Immediate::Transfer { peer, id_low },
             Immediate::Control { peer },
         ] {
             prop_assert_eq!(Immediate::decode(immediate.encode().into()).unwrap(), immediate);
@@ -108,38 +107,22 @@ proptest! {
     }
 
     #[test]
-    fn fragments_read_back(session: u64, id in 1u64.., expected: u32, message in vec(any::<u8>(), 0..40_000), room in 41u32..10_000) {
-        for subject in [Subject::Message(id), Subject::Transfer { id, expected_writes: expected }] {
-            let mut cursor = FragmentCursor::new(session, subject, message.clone(), room).unwrap();
-            let count = cursor.count();
-            let parts = fragments(&mut cursor);
-            prop_assert_eq!(parts.len(), count);
-            let mut joined = Vec::new();
-            for bytes in &parts {
-                prop_assert!(bytes.len() <= CONTROL_BYTES_MAX.min(room as usize));
-                let ControlMessage { session: read, body: Body::Fragment(fragment) } = ControlMessage::decode(bytes).unwrap()
-                    else { panic!("a fragment") };
-                prop_assert_eq!(read, session);
-                prop_assert_eq!(fragment.offset as usize, joined.len());
-                prop_assert_eq!(fragment.total_len as usize, message.len());
-                joined.extend_from_slice(fragment.payload);
-            }
-            prop_assert_eq!(&joined, &message);
+    fn fragments_read_back(session: u64, id in 1u64.., message in vec(any::<u8>(), 0..40_000), room in 29u32..10_000) {
+        let mut cursor = FragmentCursor::new(session, id, message.clone(), room).unwrap();
+        let count = cursor.count();
+        let parts = fragments(&mut cursor);
+        prop_assert_eq!(parts.len(), count);
+        let mut joined = Vec::new();
+        for bytes in &parts {
+            prop_assert!(bytes.len() <= CONTROL_BYTES_MAX.min(room as usize));
+            let decoded = ControlMessage::decode(bytes).unwrap();
+            let ControlMessage { session: read, body: Body::Fragment(fragment) } = decoded else { panic!("a fragment") };
+            prop_assert_eq!((read, fragment.message_id), (session, id));
+            prop_assert_eq!(fragment.offset as usize, joined.len());
+            prop_assert_eq!(fragment.total_len as usize, message.len());
+            joined.extend_from_slice(fragment.payload);
         }
-    }
-
-    #[test]
-    fn control_messages_read_back(session: u64, id in 1u64.., count: u32) {
-        let mut buffer = vec![9; 100];
-        for body in [
-            Body::TransferFailed { transfer_id: id, final_count: count },
-            Body::Ack { completed_below: id },
-            Body::Goodbye,
-        ] {
-            let message = ControlMessage { session, body };
-            message.encode_into(&mut buffer);
-            prop_assert_eq!(ControlMessage::decode(&buffer).unwrap(), message);
-        }
+        prop_assert_eq!(&joined, &message);
     }
 
     /// Whatever a decoder takes it must be able to write, and read again as the same.
@@ -309,22 +292,4 @@ fn fragments_that_contradict_themselves_are_refused() {
     assert!(!good(0, 1, 4, 4, 5, b"mehi"), "name longer than all");
     assert!(!good(0, 3, 4, 5, 2, b"mehi"), "no byte for the third");
     assert!(!good(1, 2, 0, 0, 0, b""), "empty second");
-}
-
-#[test]
-fn a_fragment_taken_back_comes_again() {
-    let message = vec![7; 20_000];
-    let mut stock = StockFragmentCursor::new(1, 0, b"me", &message).unwrap();
-    let mut ours = FragmentCursor::new(1, Subject::Message(1), message, 8192).unwrap();
-    let (mut once, mut again) = (Vec::new(), Vec::new());
-    for _ in 0..2 {
-        assert!(stock.next_into(&mut once));
-        stock.step_back();
-        assert!(stock.next_into(&mut again));
-        assert_eq!(once, again);
-        assert!(ours.next_into(&mut once));
-        ours.step_back();
-        assert!(ours.next_into(&mut again));
-        assert_eq!(once, again);
-    }
 }

@@ -182,6 +182,28 @@ impl State {
         }
     }
 
+    /// How many times longer than usual an endpoint takes.
+    fn slowness(&self, ep: usize) -> u64 {
+        match self.faults.slow_endpoint {
+            Some((host, place, times)) if self.endpoints_of(host).nth(place) == Some(ep) => times,
+            _ => 1,
+        }
+    }
+
+    fn endpoints_of(&self, host: usize) -> impl Iterator<Item = usize> + '_ {
+        (0..self.eps.len()).filter(move |&ep| self.eps[ep].host == host)
+    }
+
+    /// Writes and reads that were done over each endpoint of a host.
+    pub fn moved(&self, host: usize) -> Vec<u64> {
+        self.endpoints_of(host).map(|ep| self.eps[ep].moved).collect()
+    }
+
+    /// Times that each NIC of a host was told of something to send.
+    pub fn doorbells(&self, host: usize) -> Vec<u64> {
+        self.endpoints_of(host).map(|ep| self.eps[ep].doorbells).collect()
+    }
+
     /// The doorbell rings for an operation: its events are planned.
     pub(crate) fn launch(&mut self, id: FlightId) {
         let now = clock::now_ns();
@@ -215,10 +237,11 @@ impl State {
         flight.fails = left_at_failure;
         let ordered = (what == What::Write && self.profile.orders_writes)
             || (what == What::Send && self.profile.orders_sends);
+        let slowness = if message { 1 } else { self.slowness(source) };
         let mut begin = 0;
         for piece in 0..pieces {
             let end = if piece + 1 == pieces { len } else { len * (piece as usize + 1) / pieces as usize };
-            let due = now + self.delay();
+            let due = now + self.delay() * slowness;
             self.plan(
                 due,
                 ordered.then_some((source, target)),
@@ -387,8 +410,8 @@ impl State {
                 |e| e.to_string(),
                 |m| match m.body {
                     Body::Fragment(f) => format!(
-                        "as {peer} session {} fragment of message {} transfer {} at {} of {}",
-                        m.session, f.message_id, f.transfer_id, f.offset, f.total_len
+                        "as {peer} session {} fragment of message {} at {} of {}",
+                        m.session, f.message_id, f.offset, f.total_len
                     ),
                     body => format!("as {peer} session {} {body:?}", m.session),
                 },
@@ -472,6 +495,9 @@ impl State {
             return;
         }
         flight.completed = true;
+        if error.is_none() && flight.what != What::Send {
+            self.eps[flight.source].moved += 1;
+        }
         if error.is_some() {
             flight.landed = true;
             self.log_message("fails", &self.flights[&id]);

@@ -121,6 +121,8 @@ pub enum Held {
 pub struct Faults {
     /// A post is put off.
     pub again: u32,
+    /// A post that follows others of its batch is put off.
+    pub again_in_batch: u32,
     /// A post is refused.
     pub post_error: u32,
     /// A poll finds nothing although something is there.
@@ -133,6 +135,8 @@ pub struct Faults {
     pub send_error: u32,
     /// Something takes a hundred times longer than usual.
     pub slow: u32,
+    /// An endpoint, by host and by its place there, whose writes and reads take so many times longer.
+    pub slow_endpoint: Option<(usize, usize, u64)>,
     /// What stands still on the network.
     pub held: Held,
     /// The next so many messages fail.
@@ -244,6 +248,10 @@ pub(crate) struct Ep {
     pub batch: Option<u64>,
     pub connections: HashMap<usize, Connection>,
     pub mrs_bound: u32,
+    /// Writes and reads that were done.
+    pub moved: u64,
+    /// Times that the NIC was told of something to send.
+    pub doorbells: u64,
 }
 
 #[derive(Debug, Default)]

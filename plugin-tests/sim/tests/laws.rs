@@ -52,65 +52,6 @@ fn registrations_bound_to_endpoints_work_and_are_closed_before_them() {
     group.close();
 }
 
-/// B removes A and loads it again; a transfer of A from before ends in error only then. Its number is in use again.
-#[test]
-fn a_late_failure_does_not_hurt_the_transfer_with_its_number_in_the_next_session() {
-    let mut group = Group::new(2, EFA, 1, OPTIONS);
-    group.live(20);
-    let hold = |group: &Group, held| group.world.state().faults.held = held;
-    hold(&group, Held::Rma);
-    let old = group.write(0, 1, (0, 64), Some(b"old"));
-    group.live(5);
-    group.remove(1, 0);
-    group.load(1, 0);
-    group.live(20);
-    group.engine(0).release_request(old).unwrap();
-    hold(&group, Held::Nothing);
-    // The completion lies in the queue; nobody looks.
-    for _ in 0..10 {
-        group.world.pass(1_000_000);
-    }
-    assert_eq!(group.world.state().operations_in_flight(group.agents[0].host), 0);
-    hold(&group, Held::Rma);
-    let new = group.write(0, 1, (4096, 64), Some(b"new"));
-    group.live(20);
-    hold(&group, Held::Nothing);
-    assert_eq!(group.finish(0, &new), Ok(Status::Success));
-    assert!(group.live_until(100, |group| group.got(1, b"new") == 1), "the notification was lost");
-    drop(new);
-    group.close();
-}
-
-/// The message that tells of a failed transfer fails itself. Numbers go round all the same.
-#[test]
-fn the_window_opens_again_after_a_failure_could_not_be_told() {
-    // Sent again once, and not at all: then both begin to count anew.
-    for losses in [1, 12] {
-        let mut group = Group::new(2, EFA_DIRECT, 1, OPTIONS);
-        group.live(20);
-        group.world.state().faults.rma_error = 1000;
-        let failing = group.write(0, 1, (0, 64), Some(b"failing"));
-        group.world.state().faults = Faults { sends_to_fail: losses, ..Faults::default() };
-        assert!(group.finish(0, &failing).is_err());
-        drop(failing);
-        group.live_until(10_000, |group| {
-            let _ = group.engine(0).send_notification(&group.agents[1].name, b"there?");
-            group.world.state().faults.sends_to_fail == 0
-        });
-        group.live(500);
-        let request = group.prepare(Op::Write, 0, 1, &[(0, 8)]).unwrap();
-        for i in 0..10_000u32 {
-            let note = i.to_le_bytes();
-            let _ = group.engine(0).post_xfer(&request, Some(&note)).unwrap();
-            assert_eq!(group.finish(0, &request), Ok(Status::Success), "transfer {i}, {losses} losses");
-        }
-        assert!(group.live_until(1_000, |group| group.got(1, &9_999u32.to_le_bytes()) == 1));
-        assert_eq!(group.got(1, b"failing"), 0);
-        drop(request);
-        group.close();
-    }
-}
-
 /// The efa fabric delivers no message that follows a lost one: no transfer that needs one waits for ever, and writes go on.
 #[test]
 fn who_hears_no_more_keeps_nobody_waiting() {
@@ -164,9 +105,9 @@ fn a_peer_that_never_answered_ends_the_wait_and_one_that_did_is_waited_for() {
     group.close();
 }
 
-/// More transfers than numbers in an immediate, some without notification, some released in flight.
+/// Posts without an end, some without notification, some released in flight.
 #[test]
-fn numbers_go_round() {
+fn of_many_notifications_each_comes_once() {
     let mut group = Group::new(2, EFA, 1, OPTIONS);
     let requests: Vec<_> =
         (0..32).map(|i| group.prepare(Op::Write, 0, 1, &[(i * 4096, 8)]).unwrap()).collect();
@@ -401,4 +342,172 @@ fn both_sides_may_begin_anew_at_once() {
         }
         group.close();
     }
+}
+
+/// The sender removes its peer and loads it again while a write is under way. It lands when the next transfer has
+/// begun, and is none of its writes.
+#[test]
+fn a_write_that_lands_late_is_no_write_of_the_next_transfer() {
+    for profile in PROFILES {
+        let mut group = Group::new(2, profile, 1, OPTIONS);
+        group.live(20);
+        let hold = |group: &Group, held| group.world.state().faults.held = held;
+        hold(&group, Held::Rma);
+        let old = group.write(0, 1, (0, 64), Some(b"old"));
+        group.live(5);
+        group.remove(0, 1);
+        group.load(0, 1);
+        group.live(20);
+        hold(&group, Held::Nothing);
+        for _ in 0..10 {
+            group.world.pass(1_000_000);
+        }
+        hold(&group, Held::Rma);
+        let new = group.write(0, 1, (4096, 64), Some(b"new"));
+        group.live(100);
+        assert_eq!(group.got(1, b"new"), 0, "{profile:?}: the notification came before its data");
+        hold(&group, Held::Nothing);
+        assert_eq!(group.finish(0, &new), Ok(Status::Success), "{profile:?}");
+        assert!(group.live_until(100, |group| group.got(1, b"new") == 1), "{profile:?}");
+        drop((old, new));
+        group.close();
+    }
+}
+
+/// What waits for a peer that answers late has its deadline from the last that was heard of it.
+#[test]
+fn many_notified_writes_over_a_slow_network_all_end_well() {
+    for profile in PROFILES {
+        let mut group = Group::new(2, profile, 1, OPTIONS);
+        group.world.state().delay_ns = 15_000_000;
+        let requests: Vec<_> = (0..200u32)
+            .map(|i| (i, group.prepare(Op::Write, 0, 1, &[(i as usize * 4096, 8)]).unwrap()))
+            .collect();
+        for round in 0..100u32 {
+            for (i, request) in &requests {
+                let note = (round * 200 + i).to_le_bytes();
+                let _ = group.engine(0).post_xfer(request, Some(&note)).unwrap();
+            }
+            for (_, request) in &requests {
+                assert_eq!(group.finish(0, request), Ok(Status::Success), "{profile:?}, round {round}");
+            }
+        }
+        assert!(group.live_until(1_000, |group| group.agents[1].inbox.len() == 20_000), "{profile:?}");
+        drop(requests);
+        group.close();
+    }
+}
+
+/// Bytes that wait for a peer have their limit before it has answered, too.
+#[test]
+fn notifications_to_a_peer_that_never_answers_do_not_pile_up() {
+    const MIB: usize = 1 << 20;
+    for profile in PROFILES {
+        let options = [OPTIONS, &[("pending_bytes_max", "4194304")]].concat();
+        let mut group = Group::unconnected(7, 2, profile, 1, &options);
+        group.load(0, 1);
+        let host = group.agents[1].host;
+        group.world.kill_host(host);
+        let name = group.agents[1].name.clone();
+        let long = vec![1; MIB];
+        let outcomes: Vec<_> = (0..150).map(|_| group.engine(0).send_notification(&name, &long)).collect();
+        let taken = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
+        assert!((1..=4).contains(&taken), "{profile:?}: {taken} of 1 MiB each were taken");
+        let error = outcomes.into_iter().find_map(Result::err).unwrap();
+        assert!(error.to_string().contains("pending_bytes_max"), "{error}");
+        let request = group.prepare(Op::Write, 0, 1, &[(0, 8)]).unwrap();
+        let error = group.engine(0).post_xfer(&request, Some(&long)).unwrap_err();
+        assert!(error.to_string().contains("pending_bytes_max"), "{error}");
+        drop(request);
+        group.close();
+    }
+}
+
+/// Rails take of a transfer what they get done.
+#[test]
+fn a_slow_rail_does_less() {
+    for (times, at_most) in [(2, 45), (10, 20)] {
+        let mut group = Group::new(2, EFA, 2, OPTIONS);
+        group.live(20);
+        let host = group.agents[0].host;
+        group.world.state().faults.slow_endpoint = Some((host, 1, times));
+        // Blocks that do not join.
+        let pieces: Vec<_> = (0..8000).map(|i| (i * 256, 8)).collect();
+        let request = group.prepare(Op::Write, 0, 1, &pieces).unwrap();
+        let before = group.world.state().moved(host);
+        for _ in 0..4 {
+            group.engine(0).post_xfer(&request, None).unwrap();
+            assert_eq!(group.finish(0, &request), Ok(Status::Success));
+        }
+        let after = group.world.state().moved(host);
+        let [fast, slow] = [0, 1].map(|rail| after[rail] - before[rail]);
+        assert_eq!(fast + slow, 4 * 8000);
+        let percent = slow * 100 / (fast + slow);
+        assert!((1..=at_most).contains(&percent), "the rail that is {times} times slower did {percent} %");
+        drop(request);
+        group.close();
+    }
+}
+
+/// Small transfers take turns on the rails, and each takes one.
+#[test]
+fn small_transfers_take_one_rail_in_turn() {
+    let mut group = Group::new(2, EFA, 4, OPTIONS);
+    group.live(20);
+    let host = group.agents[0].host;
+    let request = group.prepare(Op::Write, 0, 1, &[(0, 64)]).unwrap();
+    let before = group.world.state().moved(host);
+    for _ in 0..16 {
+        group.engine(0).post_xfer(&request, None).unwrap();
+        assert_eq!(group.finish(0, &request), Ok(Status::Success));
+    }
+    let after = group.world.state().moved(host);
+    assert!((0..4).all(|rail| after[rail] - before[rail] == 4), "{before:?} {after:?}");
+    drop(request);
+    group.close();
+}
+
+/// A peer that was reached is written to in batches, which are closed whatever the provider puts off.
+#[test]
+fn writes_share_doorbells() {
+    for again_in_batch in [0, 300] {
+        let mut group = Group::new(2, EFA, 1, OPTIONS);
+        group.live(20);
+        let host = group.agents[0].host;
+        let first = group.write(0, 1, (0, 64), None);
+        assert_eq!(group.finish(0, &first), Ok(Status::Success));
+        group.world.state().faults.again_in_batch = again_in_batch;
+        let pieces: Vec<_> = (0..6400).map(|i| (i * 256, 8)).collect();
+        group.agents[0].arena.fill(0, 6400 * 256, 9);
+        let request = group.prepare(Op::Write, 0, 1, &pieces).unwrap();
+        let before = group.world.state().doorbells(host)[0];
+        group.engine(0).post_xfer(&request, None).unwrap();
+        assert_eq!(group.finish(0, &request), Ok(Status::Success));
+        let rung = group.world.state().doorbells(host)[0] - before;
+        assert!(rung < 6400 && (again_in_batch > 0 || rung <= 6400 / 16 + 8), "{rung} doorbells");
+        // A notification goes its way between batches.
+        let note = group.write(0, 1, (0, 64), Some(b"between"));
+        assert_eq!(group.finish(0, &note), Ok(Status::Success));
+        assert!(group.live_until(100, |group| group.got(1, b"between") == 1));
+        drop((first, request, note));
+        group.close();
+    }
+}
+
+/// Memory whose deregistration did not wait for a transfer is closed when that is over.
+#[test]
+fn memory_given_up_in_use_is_closed_with_its_last_use() {
+    let mut group = Group::new(2, EFA, 2, OPTIONS);
+    group.live(20);
+    group.world.state().faults.held = Held::Rma;
+    let request = group.write(0, 1, (0, 64), None);
+    let local = group.agents[0].local.take().unwrap();
+    assert!(group.engine(0).deregister_mem(&local).is_err());
+    let (host, addr, len) = (group.agents[0].host, group.agents[0].arena.addr(), group.agents[0].arena.len());
+    assert!(group.world.state().registrations_of(host, addr, len) > 0);
+    group.world.state().faults.held = Held::Nothing;
+    assert_eq!(group.finish(0, &request), Ok(Status::Success));
+    assert_eq!(group.world.state().registrations_of(host, addr, len), 0);
+    drop((request, local));
+    group.close();
 }

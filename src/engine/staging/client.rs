@@ -8,13 +8,14 @@ use super::slots::{SLOT_BYTES, Slots};
 use super::transfer::{Active, Chunk, StagedTransfer, Step};
 use super::{Directions, Staging};
 use crate::cuda::{InFlight, Span};
+use crate::engine::remote::Remote;
 use crate::engine::shared::Shared;
 use crate::error::{Error, Result, Status};
-use crate::fabric::MemoryRegion;
+use crate::fabric::{RmaList, Way};
 use crate::peer::Peer;
 use crate::rail::Rail;
-use crate::transfer::Transfer;
-use crate::transfer::plan::{self, Piece};
+use crate::transfer::plan::{self, Cutter};
+use crate::transfer::{Part, Transfer};
 use crate::types::{Op, RailId};
 use crate::wire::{Body, PublicMetadata, Staging as Message};
 
@@ -44,6 +45,8 @@ pub struct Client {
     own: Option<(Slots, Vec<u16>)>,
     leases: Vec<Lease>,
     active: Vec<Active>,
+    /// Chunks of failed transfers that a rail has not let go of: their slots come back when it does.
+    resting: Vec<(Arc<Peer>, Chunk)>,
     /// Copies asked for, with the peer's answer once it has come.
     asked: HashMap<u64, (Arc<Peer>, Option<Result<()>>)>,
     tickets: u64,
@@ -63,7 +66,7 @@ impl Client {
 
     /// Whether transfers are under way.
     pub fn is_busy(&self) -> bool {
-        !self.active.is_empty()
+        !self.active.is_empty() || !self.resting.is_empty()
     }
 
     /// Whether the GPU here copies.
@@ -107,13 +110,18 @@ impl Client {
         self.leases.retain(|lease| lease.peer.check().is_ok());
         let tools = Tools { streams, shared };
         let mut handled = 0;
+        let resting = std::mem::take(&mut self.resting);
+        let (at_rest, resting) = resting.into_iter().partition(|(_, chunk)| chunk.is_at_rest());
+        self.resting = resting;
+        let at_rest: Vec<_> = at_rest;
+        at_rest.iter().for_each(|(peer, chunk)| self.give_back(peer, chunk));
         let mut all = std::mem::take(&mut self.active);
         for active in &mut all {
             handled += self.advance_one(staging, &tools, active);
         }
         all.retain(|active| {
             if active.is_over() {
-                active.transfer.finish(active.error.clone());
+                active.transfer.finish(active.error.clone(), shared);
                 handled += 1;
             }
             !active.is_over()
@@ -145,11 +153,7 @@ impl Client {
                 Err(e) => {
                     handled += 1;
                     active.error.get_or_insert(e);
-                    if chunk.is_at_rest() {
-                        self.give_back(&active.transfer.peer, &chunk);
-                    } else {
-                        log::warn!("{:?}: a slot is lost, a rail does not let go of it", active.transfer);
-                    }
+                    self.resting.push((Arc::clone(&active.transfer.peer), chunk));
                 }
             }
         }
@@ -173,9 +177,10 @@ impl Client {
             Step::Copying(copy) => copy.is_done()?,
             Step::Asked(ticket, since) => self.answered(tools, &active.transfer.peer, *ticket, *since)?,
             Step::Wire(transfer) => {
-                let limit = tools.shared.config.transfer_timeout;
-                let limit = Some(limit).filter(|limit| !limit.is_zero());
-                transfer.status(tools.shared.config.drain_timeout, limit)? == Status::Success
+                let mut events = Vec::new();
+                let status = transfer.status(tools.shared, &mut events);
+                tools.shared.act(events);
+                status? == Status::Success
             }
         };
         if !over {
@@ -267,12 +272,12 @@ impl Client {
             return Err(Error::disconnected(format!("{} is not connected", transfer.peer.name())));
         }
         self.asked.insert(self.tickets, (Arc::clone(&transfer.peer), None));
-        tools.shared.kick(RailId(0));
+        tools.shared.kick();
         Ok(Step::Asked(self.tickets, Instant::now()))
     }
 
     /// Puts the chunk on the wire.
-    fn launch(&self, tools: &Tools<'_>, staged: &StagedTransfer, chunk: &Chunk) -> Result<Arc<Transfer>> {
+    fn launch(&self, tools: &Tools<'_>, staged: &StagedTransfer, chunk: &Chunk) -> Result<Arc<Remote>> {
         let piece = &staged.pieces[chunk.piece];
         let remote = piece.region()?;
         let (keys, base, remote_addr) = match chunk.remote_slot {
@@ -285,53 +290,33 @@ impl Client {
             None => (remote.keys(), remote.base(), piece.remote_addr + chunk.offset),
         };
         let own = self.own.as_ref().map(|(slots, _)| slots);
-        let (rails, local_addr) = match chunk.local_slot {
+        let (rails, local_addr, registrations) = match chunk.local_slot {
             Some(slot) => {
                 let own = own.ok_or_else(slot_lost)?;
-                (own.rails(), own.addr(slot))
+                (own.rails(), own.addr(slot), Vec::new())
             }
-            None => (piece.local.rails(), piece.local_addr + chunk.offset),
+            None => (piece.local.rails(), piece.local_addr + chunk.offset, vec![Arc::clone(&piece.local)]),
         };
         let shared = tools.shared;
         let base = if shared.virtual_addresses { 0 } else { base };
-        let pieces = [Piece {
-            local_addr,
-            remote_addr: remote_addr.wrapping_sub(base),
-            len: chunk.len,
-            region: 0,
-            lanes: 0,
-        }];
-        let lanes = [plan::pair_lanes(rails, keys)];
-        let plan = plan::spread(&pieces, &lanes, &shared.cutting(), chunk.offset as usize)?;
+        let (lanes, keys) = plan::pair_lanes(rails, keys);
+        if lanes.is_empty() {
+            return Err(Error::invalid(format!("{} sent no key for its staging memory", staged.peer.name())));
+        }
+        let mut cutter = Cutter::new(shared.cutting(), lanes.len(), 1);
+        cutter.add(local_addr, remote_addr.wrapping_sub(base), chunk.len, 0);
         let region_on = |rail: RailId| match (chunk.local_slot, own) {
             (Some(_), Some(own)) => Some(own.region(rail)),
             _ => piece.local.region(rail),
         };
-        let table = |rail: RailId| region_on(rail).map(|region| Arc::from([region]));
-        let tables: Option<Vec<Arc<[MemoryRegion]>>> = plan.runs.iter().map(|run| table(run.rail)).collect();
-        let tables = tables.ok_or_else(|| Error::not_found("a local region is being deregistered"))?;
-        let registrations =
-            if chunk.local_slot.is_some() { Vec::new() } else { vec![Arc::clone(&piece.local)] };
-        let rails: Vec<RailId> = plan.runs.iter().map(|run| run.rail).collect();
-        let transfer = Transfer::new(
-            staged.op,
-            Arc::clone(&staged.peer),
-            plan.bytes,
-            plan.slices,
-            plan.runs,
-            registrations,
-            tables,
-        );
-        transfer.begin(None)?;
-        if let Err(e) = staged.peer.start(&transfer, None) {
-            transfer.fail(e.clone());
-            transfer.part_finished();
-            return Err(e);
-        }
-        for rail in rails {
-            shared.kick(rail);
-        }
-        Ok(transfer)
+        let way = |(lane, key): (&plan::Lane, u64)| Some(vec![Way { region: region_on(lane.rail)?, key }]);
+        let ways: Option<_> = lanes.iter().zip(keys).map(way).collect();
+        let ways = ways.ok_or_else(|| Error::not_found("a local region is being deregistered"))?;
+        let list = Arc::new(RmaList::new(cutter.finish(), ways)?);
+        let transfer = Transfer::new(staged.op, vec![Part { lanes, list }], registrations);
+        let remote = Arc::new(Remote { transfer, peer: Arc::clone(&staged.peer) });
+        remote.post(None, shared)?;
+        Ok(remote)
     }
 
     /// Begins the next chunk, if there are slots for it.
@@ -389,7 +374,7 @@ impl Client {
             }
         } else if peer.say(Body::Staging(Message::Ask))? {
             self.leases.push(Lease { peer: Arc::clone(peer), granted: None });
-            tools.shared.kick(RailId(0));
+            tools.shared.kick();
         }
         if active.since.elapsed() > tools.shared.config.connect_timeout {
             return Err(Error::disconnected(format!(

@@ -10,10 +10,12 @@ use std::time::Instant;
 
 use crate::cuda::InFlight;
 use crate::engine::Metadata;
+use crate::engine::remote::Remote;
+use crate::engine::shared::Shared;
 use crate::error::{Error, Result, Status};
 use crate::memory::{Registration, RemoteRegion, begin_uses};
 use crate::peer::Peer;
-use crate::transfer::{PostState, Transfer};
+use crate::transfer::PostState;
 use crate::types::Op;
 
 /// A local and a remote range of equal length.
@@ -105,10 +107,14 @@ impl StagedTransfer {
     }
 
     /// Everything has moved, or an error has ended it. Nothing is in flight.
-    pub fn finish(&self, error: Option<Error>) {
+    pub(super) fn finish(&self, error: Option<Error>, shared: &Shared) {
         let outcome = match (error, self.lock().take()) {
             (Some(e), _) => Err(e),
-            (None, Some(message)) => self.peer.notify(message),
+            (None, Some(message)) => self.peer.notify(message).map(|released| {
+                let mut events = Vec::new();
+                shared.release(released, &mut events);
+                shared.act(events);
+            }),
             (None, None) => Ok(()),
         };
         self.pieces.iter().for_each(|piece| piece.local.end_use());
@@ -127,7 +133,7 @@ pub enum Step {
     /// Copied by the GPU there: the number under which it was asked for, and when.
     Asked(u64, Instant),
     /// On the wire.
-    Wire(Arc<Transfer>),
+    Wire(Arc<Remote>),
 }
 
 /// A part of a piece under way.
@@ -146,7 +152,7 @@ impl Chunk {
     /// Whether no rail holds on to its slots. A failed transfer may be given up while it is still in flight.
     pub fn is_at_rest(&self) -> bool {
         match &self.step {
-            Step::Wire(transfer) => Arc::strong_count(transfer) == 1,
+            Step::Wire(remote) => remote.transfer.is_over(),
             Step::Copying(_) | Step::Asked(..) => true,
         }
     }

@@ -165,6 +165,8 @@ pub(super) unsafe extern "C" fn open_ep(
         batch: None,
         connections: std::collections::HashMap::new(),
         mrs_bound: 0,
+        moved: 0,
+        doorbells: 0,
     });
     let object = sys::fid_ep {
         fid: fid(Kind::Ep),

@@ -234,6 +234,7 @@ fn post(ep: &Object<sys::fid_ep>, order: &Order) -> isize {
     this.held.push(id);
     this.batch = more.then_some(order.address);
     if !more {
+        state.eps[index].doorbells += 1;
         for flight in std::mem::take(&mut state.eps[index].held) {
             state.launch(flight);
         }
@@ -248,8 +249,8 @@ impl State {
         let full = this.outstanding >= this.tx_size && !self.profile.queues_in_memory;
         let target = self.address(this, order.address).and_then(|entry| entry.target);
         let waits = self.profile.connects && !self.connected(ep, target);
-        // Within a batch the caller has reserved room; what it cannot foresee is left out.
-        let by_chance = !in_batch && self.rng.chance(self.faults.again);
+        let chance = if in_batch { self.faults.again_in_batch } else { self.faults.again };
+        let by_chance = self.rng.chance(chance);
         if full || waits || by_chance {
             return Some(EAGAIN as isize);
         }

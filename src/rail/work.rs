@@ -1,0 +1,164 @@
+//! Work: operations that several rails share by taking of them what they have room for.
+
+use std::any::Any;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::{Destination, Event};
+use crate::error::Error;
+use crate::fabric::RmaList;
+use crate::types::Op;
+
+/// What belongs to a piece of work or a message, given back with its event. A rail does not look at it.
+pub type Tag = Arc<dyn Any + Send + Sync>;
+
+/// One post of a list of operations. Rails that are invited claim ranges of it, so the load follows what each gets
+/// done. It is over when every operation is settled: completed, failed, or given up.
+pub struct Work {
+    op: Op,
+    len: u32,
+    bytes: u64,
+    /// Operations settled.
+    settled: AtomicU32,
+    /// Nothing more of it is posted.
+    stopped: AtomicBool,
+    claims: Mutex<Claims>,
+    tag: Tag,
+}
+
+struct Claims {
+    /// Gone when the work is over: an invitation that nobody has looked at keeps no memory registered.
+    list: Option<Arc<RmaList>>,
+    /// Operations from here on are nobody's yet.
+    next: u32,
+    error: Option<Error>,
+}
+
+impl Work {
+    /// Work on a list that is not empty.
+    pub fn new(op: Op, list: Arc<RmaList>, tag: Tag) -> Arc<Self> {
+        debug_assert!(!list.is_empty());
+        Arc::new(Self {
+            op,
+            len: list.len(),
+            bytes: list.bytes(),
+            settled: AtomicU32::new(0),
+            stopped: AtomicBool::new(false),
+            claims: Mutex::new(Claims { list: Some(list), next: 0, error: None }),
+            tag,
+        })
+    }
+
+    /// Direction.
+    pub fn op(&self) -> Op {
+        self.op
+    }
+
+    /// Operations.
+    #[allow(clippy::len_without_is_empty, reason = "there is no empty work")]
+    pub fn len(&self) -> u32 {
+        self.len
+    }
+
+    /// Bytes of all.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Whose it is.
+    pub fn tag(&self) -> &Tag {
+        &self.tag
+    }
+
+    /// The first error of an operation.
+    pub fn error(&self) -> Option<Error> {
+        self.lock().error.clone()
+    }
+
+    /// Whether every operation is settled.
+    pub fn is_over(&self) -> bool {
+        self.settled.load(Ordering::Acquire) == self.len
+    }
+
+    /// Gives up what nobody has claimed. Whether that was all that was left: then nobody else says that it is over.
+    #[must_use]
+    pub fn stop(&self) -> bool {
+        self.stopped.store(true, Ordering::Relaxed);
+        let unclaimed = {
+            let mut claims = self.lock();
+            let unclaimed = self.len - claims.next;
+            claims.next = self.len;
+            unclaimed
+        };
+        self.settle(unclaimed)
+    }
+
+    /// Records the first error, and gives up what nobody has claimed.
+    pub(super) fn fail(self: &Arc<Self>, error: Error, events: &mut Vec<Event>) {
+        {
+            let mut claims = self.lock();
+            // What is over is over well: its error was read already, or there is none.
+            if claims.list.is_none() || claims.error.is_some() {
+                return;
+            }
+            claims.error = Some(error);
+        }
+        let work = Arc::clone(self);
+        events.push(if self.stop() { Event::WorkOver { work } } else { Event::WorkFailed { work } });
+    }
+
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Relaxed)
+    }
+
+    /// Whether something is nobody's yet.
+    pub(super) fn has_unclaimed(&self) -> bool {
+        self.lock().next < self.len
+    }
+
+    /// Takes operations: of `operations_max` at the most, as many as have `bytes_max`, but one at least.
+    pub(super) fn claim(&self, operations_max: u32, bytes_max: u64) -> Option<(Arc<RmaList>, Range<u32>)> {
+        let mut claims = self.lock();
+        let start = claims.next;
+        let list = claims.list.clone()?;
+        let most = start.saturating_add(operations_max).min(self.len);
+        let mut bytes = 0;
+        let end = (start..most)
+            .find(|&index| {
+                bytes += u64::from(list.slices()[index as usize].len);
+                bytes > bytes_max && index > start
+            })
+            .unwrap_or(most);
+        claims.next = end;
+        (end > start).then_some((list, start..end))
+    }
+
+    /// Operations that were claimed are over. Whether that is the end of the work; then whoever is told so says it on.
+    #[must_use]
+    pub(super) fn settle(&self, count: u32) -> bool {
+        if count == 0 || self.settled.fetch_add(count, Ordering::AcqRel) + count < self.len {
+            return false;
+        }
+        self.lock().list = None;
+        true
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Claims> {
+        // Every change is a plain store: a panic elsewhere leaves nothing half done.
+        self.claims.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A rail's way into a piece of work.
+#[derive(Clone)]
+pub struct Invitation {
+    /// The work.
+    pub work: Arc<Work>,
+    /// The lane of its list that begins at this rail.
+    pub lane: u16,
+    /// Where that lane leads.
+    pub destination: Destination,
+    /// Whether other rails are invited too: then this one takes a little at a time.
+    pub shared: bool,
+}
