@@ -46,6 +46,7 @@ fn numbers_symbols_and_layouts_agree_with_the_header() {
                #define SAME(plain, symbol) if (strcmp(TEXT(plain), symbol)) return __LINE__;\n\
                int main(void) {\n";
     for symbol in SYMBOLS {
+        let symbol = symbol.to_str().unwrap();
         let plain = symbol.strip_suffix("_v2").unwrap_or(symbol);
         writeln!(source, "(void)sizeof(&{plain}); SAME({plain}, \"{symbol}\")").unwrap();
     }

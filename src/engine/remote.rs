@@ -128,7 +128,7 @@ type PairKey = (usize, usize);
 #[derive(Clone, Copy)]
 struct Pair<'a> {
     set: usize,
-    pair: u32,
+    index: u32,
     /// Address and length of the two regions.
     here: (u64, u64),
     there: (u64, u64),
@@ -164,7 +164,7 @@ impl<'a> Preparation<'a> {
         if here.len != there.len || !inside(here, pair.here) || !inside(there, pair.there) {
             return Err(pair.mismatch(here, there));
         }
-        self.sets[pair.set].cutter.add(here.addr, there.addr - pair.base, here.len, pair.pair);
+        self.sets[pair.set].cutter.add(here.addr, there.addr - pair.base, here.len, pair.index);
         Ok(())
     }
 
@@ -217,7 +217,7 @@ impl<'a> Preparation<'a> {
         }
         let pair = Pair {
             set,
-            pair: (pairs.len() - 1) as u32,
+            index: (pairs.len() - 1) as u32,
             here: (range.addr(), range.len()),
             there: (desc.addr, desc.len),
             base,

@@ -61,7 +61,7 @@ pub enum Completion {
         imm: u32,
         /// How many.
         count: u32,
-        /// A receive that one of them has used up ([`Device::imm_uses_recv`](super::Device::imm_uses_recv)).
+        /// A receive that one of them has used up (FI_RX_CQ_DATA).
         buffer: Option<u32>,
     },
     /// An operation of a peer has failed here.
@@ -337,7 +337,7 @@ impl Endpoint {
 fn landed(imm: u32, buffer: Option<u32>, out: &mut Vec<Completion>) {
     match out.last_mut() {
         Some(Completion::Landed { imm: last, count, buffer: None }) if *last == imm && buffer.is_none() => {
-            *count += 1
+            *count += 1;
         }
         _ => out.push(Completion::Landed { imm, count: 1, buffer }),
     }

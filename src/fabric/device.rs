@@ -64,8 +64,6 @@ pub struct Nic {
     pub pci: Option<PciAddress>,
     /// Link speed in bits per second; 0 if unknown.
     pub speed_bps: u64,
-    /// Largest packet in bytes; 0 if unknown.
-    pub mtu: usize,
 }
 
 /// One way to reach the network: a provider, a fabric, a NIC, and what they can do.
@@ -114,16 +112,10 @@ struct Facts {
     caps: u64,
     mode: u64,
     mr_mode: i32,
-    mr_key_size: usize,
-    mr_iov_limit: usize,
     tx_op_flags: u64,
     tx_msg_order: u64,
     tx_size: usize,
     rx_size: usize,
-    inject_size: usize,
-    iov_limit: usize,
-    rma_iov_limit: usize,
-    cq_data_size: usize,
     max_msg_size: usize,
     max_order_waw_size: usize,
     threading: i32,
@@ -304,16 +296,10 @@ impl Facts {
                 caps: info.caps,
                 mode: info.mode,
                 mr_mode: domain.mr_mode,
-                mr_key_size: domain.mr_key_size,
-                mr_iov_limit: domain.mr_iov_limit,
                 tx_op_flags: tx.op_flags,
                 tx_msg_order: tx.msg_order,
                 tx_size: tx.size,
                 rx_size: rx.size,
-                inject_size: tx.inject_size,
-                iov_limit: tx.iov_limit,
-                rma_iov_limit: tx.rma_iov_limit,
-                cq_data_size: domain.cq_data_size,
                 max_msg_size: ep.max_msg_size.min(OPERATION_BYTES_MAX),
                 max_order_waw_size: ep.max_order_waw_size,
                 threading: domain.threading,
@@ -375,7 +361,6 @@ unsafe fn nic(nic: *const sys::fid_nic) -> Option<Nic> {
             name: device.map(|d| text(d.name)).unwrap_or_default(),
             pci,
             speed_bps: link.map_or(0, |l| l.speed as u64),
-            mtu: link.map_or(0, |l| l.mtu),
         })
     }
 }
@@ -411,20 +396,9 @@ impl Device {
         &self.facts.domain
     }
 
-    /// Capability bits (`FI_MSG`, ...).
-    pub fn caps(&self) -> u64 {
-        self.facts.caps
-    }
-
     /// Whether accelerator memory can be registered.
     pub fn has_hmem(&self) -> bool {
         self.facts.caps & sys::FI_HMEM != 0
-    }
-
-    /// Whether a peer's write with immediate data uses up a receive that we posted: its completion then carries the
-    /// receive's context, without [`super::Completion::is_recv`], and the receive has to be posted again.
-    pub fn imm_uses_recv(&self) -> bool {
-        self.facts.mode & sys::FI_RX_CQ_DATA != 0
     }
 
     /// Whether a peer names remote memory by its address; else by its offset in the registration.
@@ -437,24 +411,9 @@ impl Device {
         self.facts.mr_mode & sys::FI_MR_PROV_KEY != 0
     }
 
-    /// Whether local buffers must be registered. We always do.
-    pub fn mr_local(&self) -> bool {
-        self.facts.mr_mode & sys::FI_MR_LOCAL != 0
-    }
-
     /// Whether a registration is bound to an endpoint before it is used.
     pub fn mr_endpoint(&self) -> bool {
         self.facts.mr_mode & sys::FI_MR_ENDPOINT != 0
-    }
-
-    /// Bytes of a key.
-    pub fn mr_key_size(&self) -> usize {
-        self.facts.mr_key_size
-    }
-
-    /// Most ranges in one registration.
-    pub fn mr_iov_limit(&self) -> usize {
-        self.facts.mr_iov_limit
     }
 
     /// Most operations in the transmit queue.
@@ -470,26 +429,6 @@ impl Device {
     /// Most bytes in one operation.
     pub fn max_msg_size(&self) -> usize {
         self.facts.max_msg_size
-    }
-
-    /// Most bytes that can be sent without waiting for their buffer.
-    pub fn inject_size(&self) -> usize {
-        self.facts.inject_size
-    }
-
-    /// Bytes of immediate data.
-    pub fn cq_data_size(&self) -> usize {
-        self.facts.cq_data_size
-    }
-
-    /// Most local ranges in one message.
-    pub fn iov_limit(&self) -> usize {
-        self.facts.iov_limit
-    }
-
-    /// Most remote ranges in one write or read.
-    pub fn rma_iov_limit(&self) -> usize {
-        self.facts.rma_iov_limit
     }
 
     /// Whether writes complete only when their data is in the peer's memory, if they are asked to.
@@ -524,11 +463,6 @@ impl Device {
     /// Form of addresses.
     pub fn addr_format(&self) -> AddrFormat {
         self.facts.addr_format
-    }
-
-    /// Local address that endpoints of this device have, empty if unknown.
-    pub fn source_address(&self) -> Vec<u8> {
-        self.facts.source.clone()
     }
 
     /// Whether the local address is one that only this host can reach: 127.0.0.0/8 or `::1`.

@@ -70,7 +70,6 @@ pub struct Endpoint {
     pub(super) open_batch: Option<u32>,
     pub(super) orders_writes: bool,
     wait_fd: Option<RawFd>,
-    tx_size: usize,
     reaches_gpus: bool,
     // Last: what is above is closed before its domain.
     occupied: Occupied,
@@ -136,7 +135,6 @@ impl Endpoint {
             open_batch: None,
             orders_writes: device.orders_writes(),
             wait_fd,
-            tx_size: options.tx_size.unwrap_or(device.tx_size()),
             reaches_gpus,
             occupied,
         })
@@ -145,11 +143,6 @@ impl Endpoint {
     /// Domain of the endpoint.
     pub fn domain(&self) -> &Arc<Domain> {
         &self.occupied.0
-    }
-
-    /// Entries of the transmit queue.
-    pub fn tx_size(&self) -> usize {
-        self.tx_size
     }
 
     /// False if efa was asked to leave GPU memory to its NIC and answered that this NIC cannot reach it. It would still

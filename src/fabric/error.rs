@@ -33,11 +33,6 @@ impl FabricError {
         if status < 0 { Err(Self::new(call, code_of(status))) } else { Ok(()) }
     }
 
-    /// Whether the call only needs to be made again later.
-    pub fn is_again(&self) -> bool {
-        self.code == libc::EAGAIN
-    }
-
     /// The same failure with more words.
     #[must_use]
     pub(super) fn hint(mut self, words: impl fmt::Display) -> Self {
@@ -160,7 +155,7 @@ mod tests {
         assert_eq!(Error::from(error).status(), Status::RemoteDisconnect);
         assert_eq!(Error::from(FabricError::new("fi_mr_regattr", sys::FI_ENOKEY)).status(), Status::Backend);
         assert_eq!(FabricError::check("x", 3), Ok(()));
-        assert!(FabricError::check("x", -11).unwrap_err().is_again());
+        assert_eq!(FabricError::check("x", -11).unwrap_err().code, libc::EAGAIN);
         assert_eq!(describe(99_999), "error 99999");
     }
 

@@ -1,6 +1,5 @@
 //! The library itself: which copy, which version.
 
-use std::ffi::CStr;
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
@@ -105,17 +104,6 @@ impl Libfabric {
     /// File that the library was loaded from.
     pub fn origin(&self) -> &str {
         &self.inner.origin
-    }
-
-    /// Words for a (positive) libfabric error number.
-    pub fn error_text(&self, code: i32) -> String {
-        // SAFETY: fi_strerror takes any number and gives a C string that is never freed.
-        let text = unsafe { (self.inner.api.strerror)(code) };
-        if text.is_null() {
-            return format!("error {code}");
-        }
-        // SAFETY: as above.
-        unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
     }
 
     /// Whether both are the same copy.

@@ -135,7 +135,7 @@ impl Endpoint {
         for index in range.start..end {
             let slice = &list.slices()[index as usize];
             let way = &lane.ways[slice.pair as usize];
-            let Some((cell, context)) = self.slots.claim(share, slice.len) else {
+            let Some((operation, context)) = self.slots.claim(share, slice.len) else {
                 stopped = Some(Ok(Posted::Again));
                 break;
             };
@@ -167,7 +167,7 @@ impl Endpoint {
             // through the call, and the provider copies them.
             let status = unsafe { submit(ep, &raw const msg, flags) };
             if status < 0 {
-                self.slots.release(cell);
+                self.slots.release(operation);
                 stopped = Some(match code_of(status) {
                     libc::EAGAIN => Ok(Posted::Again),
                     code => Err(FabricError::new(call, code)),
@@ -279,7 +279,7 @@ impl Endpoint {
             None => sys::FI_ADDR_UNSPEC,
         };
         let operation = BufferInFlight { flags: kind, peer: to, _region: region.hold() };
-        let cell = self.slots.claim_buffer(call, context, operation)?;
+        let address = self.slots.claim_buffer(call, context, operation)?;
         let iov = libc::iovec { iov_base: addr as *mut c_void, iov_len: local.len };
         let mut descriptor = region.descriptor();
         let msg = sys::fi_msg {
@@ -287,7 +287,7 @@ impl Endpoint {
             desc: &raw mut descriptor,
             iov_count: 1,
             addr: peer,
-            context: cell,
+            context: address,
             data: u64::from(imm.unwrap_or(0)),
         };
         let status = submit(self.ep.as_ptr(), &raw const msg);

@@ -359,31 +359,12 @@ fn discovery_tells_what_a_host_offers() {
     let Some(library) = library() else { return };
     let devices = library.discover(&Query::default()).unwrap();
     for device in &devices {
-        println!(
-            "{device:?}: caps {:#x} api {} tx {} rx {} imm {} max {:#x} waw {:#x} delivery {} virt {} prov_key {} \
-             local {} threading {} {:?} source {:02x?} nic {:?}",
-            device.caps(),
-            device.api_version(),
-            device.tx_size(),
-            device.rx_size(),
-            device.cq_data_size(),
-            device.max_msg_size(),
-            device.write_order_bytes_max(),
-            device.delivery_complete(),
-            device.mr_virt_addr(),
-            device.mr_prov_key(),
-            device.mr_local(),
-            device.threading(),
-            device.addr_format(),
-            device.source_address(),
-            device.nic(),
-        );
+        println!("{device:?}: {:?}", device.nic());
         assert!(!device.provider().is_empty() && !device.domain_name().is_empty());
         assert!(device.tx_size() > 0 && device.max_msg_size() > 0);
     }
     let nobody = Query { provider: Some("no-such-provider".into()), ..Query::default() };
     assert!(library.discover(&nobody).unwrap().is_empty());
-    assert!(device(&library).cq_data_size() >= 4);
     assert!(device(&library).delivery_complete());
 }
 
@@ -395,8 +376,6 @@ fn failures_to_open_leave_nothing_behind() {
     let domain = Domain::open(&fabric, &device).unwrap();
     let options = EndpointOptions { tx_size: Some(usize::MAX), ..EndpointOptions::default() };
     assert!(Endpoint::open(&domain, &device, &options).is_err(), "no queue is that long");
-    let tx_size = device.tx_size();
-    let endpoint = Endpoint::open(&domain, &device, &EndpointOptions::default()).unwrap();
-    assert_eq!(endpoint.tx_size(), tx_size);
+    let _endpoint = Endpoint::open(&domain, &device, &EndpointOptions::default()).unwrap();
     assert_eq!(Arc::strong_count(&domain), 2, "the failed one let go");
 }

@@ -40,7 +40,7 @@ fn on_stock(receiver: &mut Receiver, bytes: &[u8]) -> Result<Option<Vec<u8>>> {
 fn on_v2(receiver: &mut Receiver, bytes: &[u8]) -> Result<Option<Vec<u8>>> {
     match ControlMessage::decode(bytes)?.body {
         Body::Fragment(fragment) => receiver.on_fragment(&fragment),
-        other => panic!("{other:?}"),
+        other @ Body::Staging(_) => panic!("{other:?}"),
     }
 }
 

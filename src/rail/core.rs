@@ -13,7 +13,7 @@ use super::message::Messages;
 use super::receive::Receives;
 use super::window::Window;
 use super::work::{Invitation, Work};
-use super::{Command, Counters, Destination, Event, MESSAGE_BYTES_MAX, RailLimits, Totals};
+use super::{Command, Counters, Destination, Event, MESSAGE_BYTES_MAX, RailLimits};
 use crate::error::{Error, Result};
 use crate::fabric::{
     BATCH_WRITES_MAX, Completion, Device, Domain, Endpoint, EndpointOptions, MemoryRegion, Posted, efa,
@@ -66,8 +66,7 @@ pub(super) struct Core {
     id: RailId,
     device: Device,
     limits: RailLimits,
-    counters: Arc<Counters>,
-    totals: Totals,
+    counters: Counters,
     receives: Receives,
     messages: Messages,
     destinations: Destinations,
@@ -89,13 +88,7 @@ pub(super) struct Core {
 }
 
 impl Core {
-    pub fn open(
-        id: RailId,
-        domain: &Arc<Domain>,
-        device: &Device,
-        limits: &RailLimits,
-        counters: Arc<Counters>,
-    ) -> Result<Self> {
+    pub fn open(id: RailId, domain: &Arc<Domain>, device: &Device, limits: &RailLimits) -> Result<Self> {
         let batches = efa::batches_writes(device, domain.library().version());
         let operations = match limits.operations_max {
             // A batch must not be put off in the middle: the other half of the queue is for messages and for what the
@@ -140,8 +133,7 @@ impl Core {
             id,
             device: device.clone(),
             limits: limits.clone(),
-            counters,
-            totals: Totals::default(),
+            counters: Counters::default(),
             receives,
             messages,
             destinations: Destinations::default(),
@@ -166,6 +158,10 @@ impl Core {
 
     pub fn reaches_gpus(&self) -> bool {
         self.endpoint.reaches_gpus()
+    }
+
+    pub fn counters(&self) -> Counters {
+        self.counters
     }
 
     /// Makes a region usable at this endpoint, where the provider wants that said.
@@ -213,9 +209,6 @@ impl Core {
             );
             handled += self.post_shares(events);
             self.fail_never_met(events);
-        }
-        if handled > 0 {
-            self.counters.publish(&self.totals);
         }
         handled
     }
@@ -313,31 +306,31 @@ impl Core {
             Completion::Moved { share, count, bytes } => self.moved(share, count, bytes, events),
             Completion::MoveFailed { share, error } => self.move_failed(share, Error::from(*error), events),
             Completion::Sent { buffer, error } => {
-                self.totals.messages_sent += 1;
+                self.counters.messages_sent += 1;
                 let error = error.map(|e| Error::from(*e));
-                self.totals.errors += u64::from(error.is_some());
+                self.counters.errors += u64::from(error.is_some());
                 self.messages.complete(buffer, error, &mut self.destinations, self.now, events);
             }
             Completion::Received { buffer, len, imm } => {
-                self.totals.messages_received += 1;
+                self.counters.messages_received += 1;
                 events.push(Event::Message { immediate: imm, body: self.receives.read(buffer, len) });
                 self.receives.recycle(buffer);
             }
             Completion::ReceiveFailed { buffer, error } => {
                 // The buffer goes back into the ring all the same: a ring that shrinks ends in silence.
-                self.totals.errors += 1;
+                self.counters.errors += 1;
                 log::warn!("rail {}: a receive failed: {}", self.id, error.text);
                 self.receives.recycle(buffer);
             }
             Completion::Landed { imm, count, buffer } => {
-                self.totals.immediates += u64::from(count);
+                self.counters.immediates += u64::from(count);
                 events.push(Event::Landed { immediate: imm, count });
                 if let Some(buffer) = buffer {
                     self.receives.recycle(buffer);
                 }
             }
             Completion::Foreign { error } => {
-                self.totals.errors += 1;
+                self.counters.errors += 1;
                 log::warn!("rail {}: an operation of a peer failed here: {}", self.id, error.text);
             }
         }
@@ -346,8 +339,8 @@ impl Core {
     fn moved(&mut self, key: u32, count: u32, bytes: u64, events: &mut Vec<Event>) {
         let Some(share) = self.shares.get_mut(key as usize) else { return };
         let (operations, moved) = match share.work.op() {
-            Op::Write => (&mut self.totals.writes, &mut self.totals.write_bytes),
-            Op::Read => (&mut self.totals.reads, &mut self.totals.read_bytes),
+            Op::Write => (&mut self.counters.writes, &mut self.counters.write_bytes),
+            Op::Read => (&mut self.counters.reads, &mut self.counters.read_bytes),
         };
         *operations += u64::from(count);
         *moved += bytes;
@@ -359,7 +352,7 @@ impl Core {
     }
 
     fn move_failed(&mut self, key: u32, error: Error, events: &mut Vec<Event>) {
-        self.totals.errors += 1;
+        self.counters.errors += 1;
         let Some(share) = self.shares.get_mut(key as usize) else { return };
         self.destinations.get(share.destination).completed(Some(&error), self.now);
         let work = Arc::clone(&share.work);
@@ -513,7 +506,7 @@ impl Core {
         match outcome.stopped {
             Some(Err(e)) => Err(e.into()),
             Some(Ok(Posted::Again)) => {
-                self.totals.again += 1;
+                self.counters.again += 1;
                 Ok(outcome.count)
             }
             _ => Ok(outcome.count),

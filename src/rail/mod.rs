@@ -16,7 +16,7 @@ mod window;
 mod work;
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::Duration;
 
@@ -95,75 +95,42 @@ pub struct RailLimits {
 }
 
 /// What a rail has done since it was opened.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone, Copy)]
 pub struct Counters {
     /// Bytes written by completed operations.
-    pub write_bytes: AtomicU64,
+    pub write_bytes: u64,
     /// Completed write operations.
-    pub writes: AtomicU64,
+    pub writes: u64,
     /// Bytes read by completed operations.
-    pub read_bytes: AtomicU64,
+    pub read_bytes: u64,
     /// Completed read operations.
-    pub reads: AtomicU64,
+    pub reads: u64,
     /// Control messages sent.
-    pub messages_sent: AtomicU64,
+    pub messages_sent: u64,
     /// Control messages received.
-    pub messages_received: AtomicU64,
+    pub messages_received: u64,
     /// Writes of peers that were announced by immediate data.
-    pub immediates: AtomicU64,
+    pub immediates: u64,
     /// Posts that the provider put off.
-    pub again: AtomicU64,
+    pub again: u64,
     /// Operations that completed in error.
-    pub errors: AtomicU64,
-}
-
-/// The same while the owner counts: plain numbers, published once a turn.
-#[derive(Debug, Default)]
-struct Totals {
-    write_bytes: u64,
-    writes: u64,
-    read_bytes: u64,
-    reads: u64,
-    messages_sent: u64,
-    messages_received: u64,
-    immediates: u64,
-    again: u64,
-    errors: u64,
-}
-
-impl Counters {
-    fn publish(&self, totals: &Totals) {
-        for (counter, total) in [
-            (&self.write_bytes, totals.write_bytes),
-            (&self.writes, totals.writes),
-            (&self.read_bytes, totals.read_bytes),
-            (&self.reads, totals.reads),
-            (&self.messages_sent, totals.messages_sent),
-            (&self.messages_received, totals.messages_received),
-            (&self.immediates, totals.immediates),
-            (&self.again, totals.again),
-            (&self.errors, totals.errors),
-        ] {
-            counter.store(total, Ordering::Relaxed);
-        }
-    }
+    pub errors: u64,
 }
 
 impl fmt::Display for Counters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         write!(
             f,
             "{} writes of {} bytes, {} reads of {} bytes, {} messages out, {} in, {} immediates, {} put off, {} errors",
-            get(&self.writes),
-            get(&self.write_bytes),
-            get(&self.reads),
-            get(&self.read_bytes),
-            get(&self.messages_sent),
-            get(&self.messages_received),
-            get(&self.immediates),
-            get(&self.again),
-            get(&self.errors),
+            self.writes,
+            self.write_bytes,
+            self.reads,
+            self.read_bytes,
+            self.messages_sent,
+            self.messages_received,
+            self.immediates,
+            self.again,
+            self.errors,
         )
     }
 }
@@ -187,7 +154,8 @@ pub struct Rail {
     idle: AtomicBool,
     /// Something waits to be posted, as the last owner left it.
     backlog: AtomicBool,
-    counters: Arc<Counters>,
+    /// As the last owner left them.
+    counters: Mutex<Counters>,
     /// `None` once the rail is closed.
     core: Mutex<Option<Core>>,
 }
@@ -204,8 +172,7 @@ impl fmt::Debug for Rail {
 impl Rail {
     /// Opens an endpoint on `domain` and posts its receives.
     pub fn open(id: RailId, domain: &Arc<Domain>, device: &Device, limits: &RailLimits) -> Result<Self> {
-        let counters = Arc::new(Counters::default());
-        let mut core = Core::open(id, domain, device, limits, Arc::clone(&counters))
+        let mut core = Core::open(id, domain, device, limits)
             .map_err(|e| e.context(format_args!("rail {id} on {}", device.domain_name())))?;
         Ok(Self {
             id,
@@ -217,7 +184,7 @@ impl Rail {
             inbox: SegQueue::new(),
             idle: AtomicBool::new(true),
             backlog: AtomicBool::new(false),
-            counters,
+            counters: Mutex::default(),
             core: Mutex::new(Some(core)),
         })
     }
@@ -243,8 +210,8 @@ impl Rail {
     }
 
     /// What it has done.
-    pub fn counters(&self) -> &Counters {
-        &self.counters
+    pub fn counters(&self) -> Counters {
+        *self.counters.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A descriptor that turns readable when there is something to poll for; valid while the rail lives.
@@ -293,7 +260,11 @@ impl Rail {
                 Ok(mut core) => {
                     let Some(core) = core.as_mut() else { return handled };
                     self.idle.store(false, Ordering::SeqCst);
-                    handled += core.drive(&self.inbox, room, events);
+                    let done = core.drive(&self.inbox, room, events);
+                    if done > 0 {
+                        *self.counters.lock().unwrap_or_else(PoisonError::into_inner) = core.counters();
+                    }
+                    handled += done;
                     self.idle.store(core.is_idle(), Ordering::SeqCst);
                     self.backlog.store(core.has_backlog(), Ordering::Release);
                 }

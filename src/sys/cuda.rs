@@ -4,9 +4,10 @@
 //! header where one is installed. Symbols carry the version suffix to which `cuda.h` maps the plain name.
 //! The driver API alone is used: libcudart would bring a second notion of the current device.
 
-use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_ulonglong, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong, c_void};
 use std::path::Path;
-use std::ptr::NonNull;
+
+use super::dl::Library;
 
 /// `CUresult`.
 pub type CUresult = c_uint;
@@ -168,103 +169,96 @@ macro_rules! table {
         impl Api {
             fn resolve(library: Library) -> Result<Self, String> {
                 Ok(Self {
-                    $($rname: {
-                        let symbol = library.symbol($rsym)
-                            .ok_or_else(|| format!("{} has no {}: the driver is too old", library.name, $rsym))?;
-                        // SAFETY: cuda.h declares the symbol with this prototype; data and function pointers have one
-                        // size here, and the library is never unloaded.
-                        unsafe { std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn($($rarg),*) -> CUresult>(symbol) }
-                    },)*
-                    $($oname: library.symbol($osym).map(|symbol| {
-                        // SAFETY: as above.
-                        unsafe { std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn($($oarg),*) -> CUresult>(symbol) }
-                    }),)*
+                    // SAFETY: cuda.h declares the symbols with these prototypes.
+                    $($rname: unsafe { library.function($rsym) }.map_err(|why| format!("{why}: the driver is too old"))?,)*
+                    // SAFETY: as above.
+                    $($oname: unsafe { library.function($osym) }.ok(),)*
                     library,
                 })
             }
         }
 
         /// The symbols looked up, for the comparison with `cuda.h`.
-        pub const SYMBOLS: &[&str] = &[$($rsym,)* $($osym,)*];
+        pub const SYMBOLS: &[&CStr] = &[$($rsym,)* $($osym,)*];
     };
 }
 
 table! {
     required {
         /// Initialises the driver. Creates no context.
-        fn init = "cuInit"(c_uint);
+        fn init = c"cuInit"(c_uint);
         /// Driver version, `1000 * major + 10 * minor`.
-        fn driver_get_version = "cuDriverGetVersion"(*mut c_int);
+        fn driver_get_version = c"cuDriverGetVersion"(*mut c_int);
         /// Symbolic name of a result.
-        fn get_error_name = "cuGetErrorName"(CUresult, *mut *const c_char);
+        fn get_error_name = c"cuGetErrorName"(CUresult, *mut *const c_char);
         /// Description of a result.
-        fn get_error_string = "cuGetErrorString"(CUresult, *mut *const c_char);
+        fn get_error_string = c"cuGetErrorString"(CUresult, *mut *const c_char);
         /// Number of devices visible to the process.
-        fn device_get_count = "cuDeviceGetCount"(*mut c_int);
+        fn device_get_count = c"cuDeviceGetCount"(*mut c_int);
         /// Handle of a device.
-        fn device_get = "cuDeviceGet"(*mut CUdevice, c_int);
+        fn device_get = c"cuDeviceGet"(*mut CUdevice, c_int);
         /// Attribute of a device.
-        fn device_get_attribute = "cuDeviceGetAttribute"(*mut c_int, c_uint, CUdevice);
+        fn device_get_attribute = c"cuDeviceGetAttribute"(*mut c_int, c_uint, CUdevice);
         /// Name of a device.
-        fn device_get_name = "cuDeviceGetName"(*mut c_char, c_int, CUdevice);
+        fn device_get_name = c"cuDeviceGetName"(*mut c_char, c_int, CUdevice);
         /// PCI address of a device as text.
-        fn device_get_pci_bus_id = "cuDeviceGetPCIBusId"(*mut c_char, c_int, CUdevice);
+        fn device_get_pci_bus_id = c"cuDeviceGetPCIBusId"(*mut c_char, c_int, CUdevice);
         /// Flags of the primary context, and whether it is active.
-        fn primary_ctx_get_state = "cuDevicePrimaryCtxGetState"(CUdevice, *mut c_uint, *mut c_int);
+        fn primary_ctx_get_state = c"cuDevicePrimaryCtxGetState"(CUdevice, *mut c_uint, *mut c_int);
         /// Retains the primary context, and creates it where it is not active.
-        fn primary_ctx_retain = "cuDevicePrimaryCtxRetain"(*mut CUcontext, CUdevice);
+        fn primary_ctx_retain = c"cuDevicePrimaryCtxRetain"(*mut CUcontext, CUdevice);
         /// Releases the primary context.
-        fn primary_ctx_release = "cuDevicePrimaryCtxRelease_v2"(CUdevice);
+        fn primary_ctx_release = c"cuDevicePrimaryCtxRelease_v2"(CUdevice);
         /// Pushes a context on this thread's stack.
-        fn ctx_push_current = "cuCtxPushCurrent_v2"(CUcontext);
+        fn ctx_push_current = c"cuCtxPushCurrent_v2"(CUcontext);
         /// Pops the top of this thread's stack.
-        fn ctx_pop_current = "cuCtxPopCurrent_v2"(*mut CUcontext);
+        fn ctx_pop_current = c"cuCtxPopCurrent_v2"(*mut CUcontext);
         /// The top of this thread's stack, or NULL.
-        fn ctx_get_current = "cuCtxGetCurrent"(*mut CUcontext);
+        fn ctx_get_current = c"cuCtxGetCurrent"(*mut CUcontext);
         /// Replaces the top of this thread's stack.
-        fn ctx_set_current = "cuCtxSetCurrent"(CUcontext);
+        fn ctx_set_current = c"cuCtxSetCurrent"(CUcontext);
         /// Several attributes of a pointer; zeroes where CUDA does not know it.
-        fn pointer_get_attributes = "cuPointerGetAttributes"(c_uint, *mut c_uint, *mut *mut c_void, CUdeviceptr);
+        fn pointer_get_attributes = c"cuPointerGetAttributes"(c_uint, *mut c_uint, *mut *mut c_void, CUdeviceptr);
         /// One attribute of a pointer.
-        fn pointer_get_attribute = "cuPointerGetAttribute"(*mut c_void, c_uint, CUdeviceptr);
+        fn pointer_get_attribute = c"cuPointerGetAttribute"(*mut c_void, c_uint, CUdeviceptr);
         /// Sets an attribute of a pointer.
-        fn pointer_set_attribute = "cuPointerSetAttribute"(*const c_void, c_uint, CUdeviceptr);
+        fn pointer_set_attribute = c"cuPointerSetAttribute"(*const c_void, c_uint, CUdeviceptr);
         /// Allocation around an address; of VMM memory, the part that one handle backs.
-        fn mem_get_address_range = "cuMemGetAddressRange_v2"(*mut CUdeviceptr, *mut usize, CUdeviceptr);
+        fn mem_get_address_range = c"cuMemGetAddressRange_v2"(*mut CUdeviceptr, *mut usize, CUdeviceptr);
         /// Page-locked host memory.
-        fn mem_host_alloc = "cuMemHostAlloc"(*mut *mut c_void, usize, c_uint);
+        fn mem_host_alloc = c"cuMemHostAlloc"(*mut *mut c_void, usize, c_uint);
         /// Frees page-locked host memory.
-        fn mem_free_host = "cuMemFreeHost"(*mut c_void);
+        fn mem_free_host = c"cuMemFreeHost"(*mut c_void);
         /// Queues a copy between any two addresses of the unified address space.
-        fn memcpy_async = "cuMemcpyAsync"(CUdeviceptr, CUdeviceptr, usize, CUstream);
+        fn memcpy_async = c"cuMemcpyAsync"(CUdeviceptr, CUdeviceptr, usize, CUstream);
         /// Creates a stream.
-        fn stream_create = "cuStreamCreate"(*mut CUstream, c_uint);
+        fn stream_create = c"cuStreamCreate"(*mut CUstream, c_uint);
         /// Whether all work of a stream is done.
-        fn stream_query = "cuStreamQuery"(CUstream);
+        fn stream_query = c"cuStreamQuery"(CUstream);
         /// Destroys a stream; queued work goes on.
-        fn stream_destroy = "cuStreamDestroy_v2"(CUstream);
+        fn stream_destroy = c"cuStreamDestroy_v2"(CUstream);
         /// Creates an event.
-        fn event_create = "cuEventCreate"(*mut CUevent, c_uint);
+        fn event_create = c"cuEventCreate"(*mut CUevent, c_uint);
         /// Records what is queued on a stream.
-        fn event_record = "cuEventRecord"(CUevent, CUstream);
+        fn event_record = c"cuEventRecord"(CUevent, CUstream);
         /// Whether what was recorded is done.
-        fn event_query = "cuEventQuery"(CUevent);
+        fn event_query = c"cuEventQuery"(CUevent);
         /// Destroys an event.
-        fn event_destroy = "cuEventDestroy_v2"(CUevent);
+        fn event_destroy = c"cuEventDestroy_v2"(CUevent);
     }
     optional {
         /// Exports an address range (CUDA 11.7).
         fn mem_get_handle_for_address_range =
-            "cuMemGetHandleForAddressRange"(*mut c_void, CUdeviceptr, usize, c_uint, c_ulonglong);
+            c"cuMemGetHandleForAddressRange"(*mut c_void, CUdeviceptr, usize, c_uint, c_ulonglong);
         /// The VMM handle behind an address (CUDA 11.0).
-        fn mem_retain_allocation_handle = "cuMemRetainAllocationHandle"(*mut CUmemHandle, *mut c_void);
+        fn mem_retain_allocation_handle = c"cuMemRetainAllocationHandle"(*mut CUmemHandle, *mut c_void);
         /// How a VMM handle was made (CUDA 10.2).
         fn mem_get_allocation_properties =
-            "cuMemGetAllocationPropertiesFromHandle"(*mut CUmemAllocationProp, CUmemHandle);
+            c"cuMemGetAllocationPropertiesFromHandle"(*mut CUmemAllocationProp, CUmemHandle);
         /// Releases a VMM handle (CUDA 10.2).
-        fn mem_release = "cuMemRelease"(CUmemHandle);
+        fn mem_release = c"cuMemRelease"(CUmemHandle);
         /// Swaps this thread's stream capture mode (CUDA 10.1).
-        fn thread_exchange_capture_mode = "cuThreadExchangeStreamCaptureMode"(*mut c_uint);
+        fn thread_exchange_capture_mode = c"cuThreadExchangeStreamCaptureMode"(*mut c_uint);
     }
 }
 
@@ -273,64 +267,11 @@ impl Api {
     ///
     /// The error is a sentence: the loader's reason, or the entry point that is missing.
     pub fn load(path: Option<&Path>) -> Result<Self, String> {
-        Self::resolve(Library::open(path, "libcuda.so.1")?)
+        Self::resolve(Library::load(path.unwrap_or(Path::new("libcuda.so.1")))?)
     }
 
     /// Name or path the library was opened by.
     pub fn library_name(&self) -> &str {
-        &self.library.name
+        self.library.origin()
     }
-}
-
-/// A loaded library. It is never unloaded: handles, threads and exit handlers of a driver outlive any owner here.
-pub(super) struct Library {
-    handle: NonNull<c_void>,
-    name: String,
-}
-
-// SAFETY: a dlopen handle may be used from any thread.
-unsafe impl Send for Library {}
-// SAFETY: as above; dlsym locks for itself.
-unsafe impl Sync for Library {}
-
-impl Library {
-    /// Opens `path`, or without one `soname`, preferring the copy already in the process.
-    pub(super) fn open(path: Option<&Path>, soname: &str) -> Result<Self, String> {
-        let name = path.map_or_else(|| soname.to_owned(), |p| p.to_string_lossy().into_owned());
-        let c_name = match path {
-            Some(path) => CString::new(path.as_os_str().as_encoded_bytes()),
-            None => CString::new(soname),
-        }
-        .map_err(|_| format!("library path `{name}` holds a zero byte"))?;
-        let open = |flags| {
-            // SAFETY: the name is a C string; running the library's constructors is what the caller asks for.
-            NonNull::new(unsafe { libc::dlopen(c_name.as_ptr(), flags) })
-        };
-        open(libc::RTLD_NOW | libc::RTLD_NOLOAD)
-            .or_else(|| open(libc::RTLD_NOW | libc::RTLD_LOCAL))
-            .map(|handle| Self { handle, name })
-            .ok_or_else(last_loader_error)
-    }
-
-    /// Address of a symbol.
-    pub(super) fn symbol(&self, name: &str) -> Option<NonNull<c_void>> {
-        let c_name = CString::new(name).ok()?;
-        // SAFETY: the handle is open for good and the name is a C string.
-        NonNull::new(unsafe { libc::dlsym(self.handle.as_ptr(), c_name.as_ptr()) })
-    }
-
-    /// Name or path the library was opened by.
-    pub(super) fn name(&self) -> &str {
-        &self.name
-    }
-}
-
-fn last_loader_error() -> String {
-    // SAFETY: dlerror returns NULL or a C string that lives until this thread's next loader call.
-    let text = unsafe { libc::dlerror() };
-    if text.is_null() {
-        return "the loader gave no reason".to_owned();
-    }
-    // SAFETY: see above; copied before any other loader call.
-    unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
 }

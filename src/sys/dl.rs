@@ -58,6 +58,23 @@ impl Library {
         Err(reasons.join("; "))
     }
 
+    /// Loads a library by name or path; one of that name that is in the process already is used.
+    pub fn load(name: &Path) -> Result<Self, String> {
+        let handle = dlopen(name.as_os_str(), 0)?;
+        Ok(Self { handle, origin: name.to_string_lossy().into_owned() })
+    }
+
+    /// Resolves a function.
+    ///
+    /// # Safety
+    /// `F` is the type of a pointer to the function of that name.
+    pub unsafe fn function<F: Copy>(&self, name: &CStr) -> Result<F, String> {
+        const { assert!(size_of::<F>() == size_of::<*mut c_void>()) };
+        let found = self.symbol(name)?;
+        // SAFETY: by contract F is a pointer to a function, of the size of `found`, which is not null.
+        Ok(unsafe { std::mem::transmute_copy(&found) })
+    }
+
     /// Name or path by which the library was opened.
     pub fn origin(&self) -> &str {
         &self.origin

@@ -5,14 +5,15 @@
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_ulong, c_void};
 use std::marker::PhantomData;
-use std::mem::transmute_copy;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr;
 use std::sync::OnceLock;
 
+use super::dl::Library;
+
 /// soname of the library: hwloc 2.x.
-const LIBRARY: &CStr = c"libhwloc.so.15";
+const LIBRARY: &str = "libhwloc.so.15";
 /// Major number that `hwloc_get_api_version` must show.
 const API_MAJOR: c_uint = 2;
 
@@ -155,30 +156,25 @@ impl Table {
     }
 
     fn load_library() -> Result<Self, String> {
-        // SAFETY: the name is a C string. The constructors of libhwloc and of the libraries it needs only
-        // set up their own state.
-        let library = unsafe { libc::dlopen(LIBRARY.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
-        if library.is_null() {
-            return Err(dl_error());
-        }
+        let library = Library::load(Path::new(LIBRARY))?;
         // SAFETY: each symbol is resolved in hwloc's library and cast to the type that hwloc.h 2.x declares for
         // it; the version check below refuses every other major number before a call that depends on it.
         let table = unsafe {
             Self {
-                get_api_version: symbol(library, c"hwloc_get_api_version")?,
-                init: symbol(library, c"hwloc_topology_init")?,
-                destroy: symbol(library, c"hwloc_topology_destroy")?,
-                load: symbol(library, c"hwloc_topology_load")?,
-                set_xml: symbol(library, c"hwloc_topology_set_xml")?,
-                set_flags: symbol(library, c"hwloc_topology_set_flags")?,
-                set_components: symbol(library, c"hwloc_topology_set_components")?,
-                set_io_types_filter: symbol(library, c"hwloc_topology_set_io_types_filter")?,
-                set_cache_types_filter: symbol(library, c"hwloc_topology_set_cache_types_filter")?,
-                get_nbobjs_by_depth: symbol(library, c"hwloc_get_nbobjs_by_depth")?,
-                get_obj_by_depth: symbol(library, c"hwloc_get_obj_by_depth")?,
-                bitmap_next: symbol(library, c"hwloc_bitmap_next")?,
-                distances_get_by_name: symbol(library, c"hwloc_distances_get_by_name")?,
-                distances_release: symbol(library, c"hwloc_distances_release")?,
+                get_api_version: library.function(c"hwloc_get_api_version")?,
+                init: library.function(c"hwloc_topology_init")?,
+                destroy: library.function(c"hwloc_topology_destroy")?,
+                load: library.function(c"hwloc_topology_load")?,
+                set_xml: library.function(c"hwloc_topology_set_xml")?,
+                set_flags: library.function(c"hwloc_topology_set_flags")?,
+                set_components: library.function(c"hwloc_topology_set_components")?,
+                set_io_types_filter: library.function(c"hwloc_topology_set_io_types_filter")?,
+                set_cache_types_filter: library.function(c"hwloc_topology_set_cache_types_filter")?,
+                get_nbobjs_by_depth: library.function(c"hwloc_get_nbobjs_by_depth")?,
+                get_obj_by_depth: library.function(c"hwloc_get_obj_by_depth")?,
+                bitmap_next: library.function(c"hwloc_bitmap_next")?,
+                distances_get_by_name: library.function(c"hwloc_distances_get_by_name")?,
+                distances_release: library.function(c"hwloc_distances_release")?,
             }
         };
         // SAFETY: takes nothing, in every version.
@@ -189,31 +185,6 @@ impl Table {
             Err(format!("libhwloc.so.15 has API {version:#x}, made for 2.x"))
         }
     }
-}
-
-/// Resolves a function.
-///
-/// # Safety
-/// `library` is a handle of `dlopen`, and `F` is the type of the pointer to the function of that name.
-unsafe fn symbol<F: Copy>(library: *mut c_void, name: &CStr) -> Result<F, String> {
-    const { assert!(size_of::<F>() == size_of::<*mut c_void>()) };
-    // SAFETY: by contract the handle is valid; the name is a C string.
-    let found = unsafe { libc::dlsym(library, name.as_ptr()) };
-    if found.is_null() {
-        return Err(dl_error());
-    }
-    // SAFETY: by contract F is a pointer to a function, of the size of `found`, which is not null.
-    Ok(unsafe { transmute_copy(&found) })
-}
-
-fn dl_error() -> String {
-    // SAFETY: returns null or a C string that lives until this thread's next call into the loader.
-    let text = unsafe { libc::dlerror() };
-    if text.is_null() {
-        return "the loader gives no reason".to_owned();
-    }
-    // SAFETY: not null, see above.
-    unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
 }
 
 /// A loaded topology.

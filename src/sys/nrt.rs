@@ -5,9 +5,8 @@
 
 use std::ffi::{c_char, c_int, c_void};
 use std::path::Path;
-use std::ptr::NonNull;
 
-use super::cuda::Library;
+use super::dl::Library;
 
 /// `NRT_STATUS`.
 pub type NrtStatus = c_int;
@@ -36,22 +35,14 @@ pub struct Api {
 impl Api {
     /// Loads `path`, or without one `libnrt.so.1`. The error is a sentence.
     pub fn load(path: Option<&Path>) -> Result<Self, String> {
-        let library = Library::open(path, "libnrt.so.1")?;
-        let count = library
-            .symbol("nrt_get_total_nc_count")
-            .ok_or_else(|| format!("{} has no nrt_get_total_nc_count", library.name()))?;
-        let bdf = library.symbol("nrt_get_attached_efa_bdf");
-        let v2 = library.symbol("nrt_get_dmabuf_fd_v2");
-        let v1 = library.symbol("nrt_get_dmabuf_fd");
-        // SAFETY: nrt.h and nrt_experimental.h declare the symbols with these prototypes; data and function pointers
-        // have one size here, and a `Library` is never unloaded.
+        let library = Library::load(path.unwrap_or(Path::new("libnrt.so.1")))?;
+        // SAFETY: nrt.h and nrt_experimental.h declare the symbols with these prototypes.
         unsafe {
             Ok(Self {
-                get_total_nc_count: std::mem::transmute::<NonNull<c_void>, GetTotalNcCount>(count),
-                get_attached_efa_bdf: bdf
-                    .map(|p| std::mem::transmute::<NonNull<c_void>, GetAttachedEfaBdf>(p)),
-                get_dmabuf_fd_v2: v2.map(|p| std::mem::transmute::<NonNull<c_void>, GetDmabufFdV2>(p)),
-                get_dmabuf_fd: v1.map(|p| std::mem::transmute::<NonNull<c_void>, GetDmabufFd>(p)),
+                get_total_nc_count: library.function(c"nrt_get_total_nc_count")?,
+                get_attached_efa_bdf: library.function(c"nrt_get_attached_efa_bdf").ok(),
+                get_dmabuf_fd_v2: library.function(c"nrt_get_dmabuf_fd_v2").ok(),
+                get_dmabuf_fd: library.function(c"nrt_get_dmabuf_fd").ok(),
             })
         }
     }

@@ -413,7 +413,7 @@ impl State {
                         "as {peer} session {} fragment of message {} at {} of {}",
                         m.session, f.message_id, f.offset, f.total_len
                     ),
-                    body => format!("as {peer} session {} {body:?}", m.session),
+                    body @ Body::Staging(_) => format!("as {peer} session {} {body:?}", m.session),
                 },
             ),
             other => format!("{other:?}, {} bytes", bytes.len()),

@@ -110,11 +110,10 @@ impl Client {
         self.leases.retain(|lease| lease.peer.check().is_ok());
         let tools = Tools { streams, shared };
         let mut handled = 0;
-        let resting = std::mem::take(&mut self.resting);
-        let (at_rest, resting) = resting.into_iter().partition(|(_, chunk)| chunk.is_at_rest());
-        self.resting = resting;
-        let at_rest: Vec<_> = at_rest;
-        at_rest.iter().for_each(|(peer, chunk)| self.give_back(peer, chunk));
+        for (peer, chunk) in self.resting.extract_if(.., |(_, chunk)| chunk.is_at_rest()).collect::<Vec<_>>()
+        {
+            self.give_back(&peer, &chunk);
+        }
         let mut all = std::mem::take(&mut self.active);
         for active in &mut all {
             handled += self.advance_one(staging, &tools, active);
