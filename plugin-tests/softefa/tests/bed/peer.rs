@@ -1,7 +1,7 @@
 //! One end of a test: does what it reads from its input, a command a line, and answers each with a line after `> `.
 //!
 //! ```text
-//! open DEVICE FABRIC            -> ok NAME-IN-HEX
+//! open DEVICE FABRIC [CQ-ENTRIES]        -> ok NAME-IN-HEX
 //! connect NAME-IN-HEX           -> ok
 //! buffer LENGTH                 -> ok KEY BASE              buffers and peers are numbered from 0
 //! free BUFFER                   -> ok      deregisters and frees it; a small one takes its number
@@ -11,6 +11,7 @@
 //! send PEER BUFFER OFFSET LENGTH IMM|-
 //! write PEER BUFFER OFFSET LENGTH KEY ADDRESS IMM|-
 //! read PEER BUFFER OFFSET LENGTH KEY ADDRESS       -> ok     all three when posted
+//! batch COUNT PEER BUFFER OFFSET LENGTH KEY ADDRESS -> ok     so many such writes, all but the last with FI_MORE
 //! recv BUFFER OFFSET LENGTH     -> ok
 //! wait SENT ARRIVED MS          -> ok SENT ARRIVED what has completed since the last wait, each as
 //!                                  `t:PROVIDER-ERROR` or `r:IMM:LENGTH:PROVIDER-ERROR`
@@ -57,10 +58,12 @@ pub fn run() {
         let line = line.expect("input");
         let words: Vec<&str> = line.split_whitespace().collect();
         let answer = match (words.as_slice(), &mut side) {
-            (["open", device, fabric], none) => open(device, fabric).map(|(new, name)| {
-                *none = Some(new);
-                name
-            }),
+            (["open", device, fabric, rest @ ..], none) => {
+                open(device, fabric, rest.first()).map(|(new, name)| {
+                    *none = Some(new);
+                    name
+                })
+            }
             (words, Some(side)) => side.command(words),
             _ => Err("open first".to_owned()),
         };
@@ -79,7 +82,7 @@ fn number(word: &str) -> Result<u64, String> {
     word.parse().map_err(|_| format!("{word} is no number"))
 }
 
-fn open(device: &str, fabric: &str) -> Result<(Side, String), String> {
+fn open(device: &str, fabric: &str, cq_entries: Option<&&str>) -> Result<(Side, String), String> {
     let path = std::env::var_os("PEER_LIBFABRIC");
     let library = Libfabric::load(path.as_deref().map(std::path::Path::new)).map_err(text)?;
     let query = Query { provider: Some("efa".into()), fabric: Some(fabric.into()), ..Query::default() };
@@ -87,7 +90,8 @@ fn open(device: &str, fabric: &str) -> Result<(Side, String), String> {
     let device = devices.get(number(device)? as usize).ok_or(format!("{} devices", devices.len()))?;
     let fabric = Fabric::open(&library, device).map_err(text)?;
     let domain = Domain::open(&fabric, device).map_err(text)?;
-    let options = EndpointOptions { context_count: CONTEXTS, ..EndpointOptions::default() };
+    let cq_entries = cq_entries.map_or(Ok(0), |entries| number(entries))? as usize;
+    let options = EndpointOptions { context_count: CONTEXTS, cq_entries, ..EndpointOptions::default() };
     let endpoint = Endpoint::open(&domain, device, &options).map_err(text)?;
     let name = endpoint.name().map_err(text)?.iter().fold(String::new(), |mut hex, byte| {
         write!(hex, "{byte:02x}").expect("string");
@@ -163,10 +167,16 @@ impl Side {
                 })
             }
             ["write", peer, buffer, offset, length, key, address, imm] => {
-                self.rma(true, [peer, buffer, offset, length, key, address], imm.parse().ok())
+                self.rma(true, [peer, buffer, offset, length, key, address], imm.parse().ok(), false)
+            }
+            ["batch", count, peer, buffer, offset, length, key, address] => {
+                for left in (0..number(count)?).rev() {
+                    self.rma(true, [peer, buffer, offset, length, key, address], None, left > 0)?;
+                }
+                Ok(String::new())
             }
             ["read", peer, buffer, offset, length, key, address] => {
-                self.rma(false, [peer, buffer, offset, length, key, address], None)
+                self.rma(false, [peer, buffer, offset, length, key, address], None, false)
             }
             ["wait", sent, arrived, limit] => {
                 self.wait(number(sent)? as usize, number(arrived)? as usize, number(limit)?)
@@ -198,7 +208,7 @@ impl Side {
         }
     }
 
-    fn rma(&mut self, write: bool, words: [&str; 6], imm: Option<u32>) -> Answer {
+    fn rma(&mut self, write: bool, words: [&str; 6], imm: Option<u32>, more: bool) -> Answer {
         let mut numbers = [0; 6];
         for (number_of, word) in numbers.iter_mut().zip(words) {
             *number_of = if word == "gpu" { 0 } else { number(word)? };
@@ -222,7 +232,7 @@ impl Side {
                 dest,
                 imm,
                 context,
-                flags: RmaFlags::default(),
+                flags: RmaFlags { more, ..RmaFlags::default() },
             };
             if write { side.endpoint.write(&rma) } else { side.endpoint.read(&rma) }
         })
