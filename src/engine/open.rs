@@ -14,7 +14,7 @@ use super::vram::{self, Vram};
 use crate::config::{Config, Wait};
 use crate::cuda::Runtime;
 use crate::error::{Error, Result};
-use crate::fabric::{Device, Domain, Fabric, Libfabric};
+use crate::fabric::{Device, Domain, Fabric, Libfabric, efa};
 use crate::notify::Inbox;
 use crate::peer::{Local, PeerTable};
 use crate::progress::{Driver, Pace, ProgressThreads};
@@ -60,7 +60,7 @@ pub(super) fn open(
         notif_bytes_max: config.notif_bytes_max,
         pending_bytes_max: config.pending_bytes_max,
         rates: Rates::default(),
-        introduces: found.devices.iter().any(crate::fabric::efa::is_direct),
+        introduces: found.devices.iter().any(efa::is_direct),
         rails,
     });
     let shared = Arc::new(Shared {
@@ -165,7 +165,7 @@ fn open_rail(
     let fabric = Fabric::open(library, device)?;
     let domain = Domain::open(&fabric, device)?;
     let control = id == RailId(0);
-    let receives = match (control, crate::fabric::efa::is_direct(device)) {
+    let receives = match (control, efa::is_direct(device)) {
         (true, _) => config.control_recv_buffers as u32,
         // Writes with immediate data use up receives there.
         (false, true) => (device.rx_size() as u32).clamp(1, 512),
@@ -178,7 +178,10 @@ fn open_rail(
         // lets it: the deeper the queue, the fewer turns a transfer takes.
         operations_max: if software { SOFTWARE_OPERATIONS } else { 0 },
         batch_slices: config.split_batch_size as u32,
-        cq_entries: config.cq_entries as u32,
+        cq_entries: match config.cq_entries {
+            0 => efa::cq_entries(device).unwrap_or(0) as u32,
+            entries => entries as u32,
+        },
         stall_timeout: config.connect_timeout,
         want_wait_fd,
         // Asked for only where there is some (`discover`).

@@ -142,7 +142,6 @@ impl CompletionQueue {
     }
 
     /// Adds an entry; a full queue gives it back, and then nobody will ever see it.
-    #[expect(clippy::result_large_err, reason = "what was lost is noted by the caller")]
     pub fn push(&self, completion: Completion) -> Result<(), Completion> {
         let mut ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
         if ring.entries.len() >= self.capacity {
