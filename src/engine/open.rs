@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::fabric::{Device, Domain, Fabric, Libfabric, efa};
 use crate::notify::Inbox;
 use crate::peer::{Local, PeerTable};
-use crate::progress::{Driver, Pace, ProgressThreads};
+use crate::progress::{Driver, Pace, ProgressThreads, deal};
 use crate::rail::{MESSAGE_BYTES_MAX, Rail, RailLimits};
 use crate::transfer::{LocalCopies, Rates};
 use crate::types::RailId;
@@ -84,11 +84,16 @@ pub(super) fn open(
     let progress = if init.progress_thread {
         let pace = Pace {
             spin: shared.config.spin,
-            sleep_max: shared.config.sleep_max.max(init.progress_delay),
+            nap: shared.config.sleep_max.max(init.progress_delay),
             use_wait_fd,
         };
         let driver: Arc<dyn Driver> = Arc::clone(&shared) as Arc<dyn Driver>;
-        let threads = ProgressThreads::start(&driver, groups(&local.rails, shared.config.num_threads), pace)?;
+        let nodes: Vec<_> = local.rails.iter().map(|rail| shared.placement.numa_node(rail.id())).collect();
+        let groups = deal(&nodes, shared.config.num_threads)
+            .into_iter()
+            .map(|group| group.into_iter().map(|rail| Arc::clone(&local.rails[rail])).collect())
+            .collect();
+        let threads = ProgressThreads::start(&driver, groups, pace)?;
         let _ = shared.wakers.set(threads.wakers());
         Some(threads)
     } else {
@@ -188,16 +193,6 @@ fn open_rail(
         gpu_by_nic: device.has_hmem() && matches!(Runtime::get(), Ok(Runtime::Cuda(_))),
     };
     Rail::open(id, &domain, device, &limits)
-}
-
-/// Rails in as many groups as there are threads.
-fn groups(rails: &[Arc<Rail>], threads: usize) -> Vec<Vec<Arc<Rail>>> {
-    let count = threads.clamp(1, rails.len());
-    let mut groups = vec![Vec::new(); count];
-    for (i, rail) in rails.iter().enumerate() {
-        groups[i * count / rails.len()].push(Arc::clone(rail));
-    }
-    groups
 }
 
 /// A length that every device takes in one operation, a multiple of the page size.
