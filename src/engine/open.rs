@@ -22,7 +22,7 @@ use crate::rail::{MESSAGE_BYTES_MAX, Rail, RailLimits};
 use crate::transfer::{LocalCopies, Rates};
 use crate::types::RailId;
 use crate::wire::blob::capability;
-use crate::wire::{ConnectionInfo, EndpointName, Extension};
+use crate::wire::{ConnectionInfo, EndpointName, Extension, Handshake, HandshakeExtension};
 
 /// Bytes of notifications that wait for the user before the network is left alone.
 const INBOX_BYTES_MAX: u64 = 1 << 30;
@@ -52,9 +52,11 @@ pub(super) fn open(
     }
     let endpoints =
         rails.iter().map(|rail| EndpointName::new(rail.endpoint_name())).collect::<Result<_>>()?;
+    let conn_info = ConnectionInfo { endpoints, extension: Some(extension) }.encode();
+    check_handshake(init.local_agent.as_bytes(), &conn_info, rails.len())?;
     let local = Arc::new(Local {
         name: init.local_agent,
-        conn_info: ConnectionInfo { endpoints, extension: Some(extension) }.encode(),
+        conn_info,
         sessions: AtomicU64::new(incarnation()),
         connect_timeout: config.connect_timeout,
         notif_bytes_max: config.notif_bytes_max,
@@ -195,6 +197,16 @@ fn open_rail(
     Rail::open(id, &domain, device, &limits)
 }
 
+/// An error if no handshake can tell a peer of so many rails.
+fn check_handshake(agent: &[u8], conn_info: &[u8], rails: usize) -> Result<()> {
+    let extension = HandshakeExtension { session: 1, peer_session: 1, answer_wanted: true };
+    let (name, conn) = (agent.to_vec(), Some(conn_info.to_vec()));
+    Handshake { index: 0, name, conn, extension: Some(extension) }
+        .encode()
+        .map(|_| ())
+        .map_err(|e| e.context(format_args!("no peer could be told of {rails} rails")))
+}
+
 /// A length that every device takes in one operation, a multiple of the page size.
 fn message_bytes_max(devices: &[Device]) -> u64 {
     let least = devices.iter().map(|device| device.max_msg_size() as u64).min().unwrap_or(u64::MAX);
@@ -210,7 +222,22 @@ fn incarnation() -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::rails_on_each;
+    use super::{MESSAGE_BYTES_MAX, check_handshake, rails_on_each};
+    use crate::wire::{ConnectionInfo, EndpointName, Extension};
+
+    /// Connection info of so many rails on EFA, whose endpoint names have 32 bytes.
+    fn conn_info(rails: usize) -> Vec<u8> {
+        let endpoints = vec![EndpointName::new(&[7; 32]).unwrap(); rails];
+        let extension = Some(Extension::ours(1, MESSAGE_BYTES_MAX as u32, 1 << 20));
+        ConnectionInfo { endpoints, extension }.encode()
+    }
+
+    #[test]
+    fn more_rails_than_a_handshake_can_name_are_refused() {
+        check_handshake(b"agent", &conn_info(96), 96).unwrap();
+        let refused = check_handshake(b"agent", &conn_info(128), 128).unwrap_err().to_string();
+        assert!(refused.contains("128 rails") && refused.contains("max_rails"), "{refused}");
+    }
 
     #[test]
     fn rails_are_shared_out_evenly() {
