@@ -1,6 +1,7 @@
 //! What is particular to the efa provider: options, error numbers, quirks by version.
 
 use std::ffi::c_int;
+use std::sync::Once;
 
 use super::device::Device;
 use super::endpoint::EndpointOptions;
@@ -135,20 +136,12 @@ fn settings(direct: bool, version: Version, options: &EndpointOptions) -> Vec<Se
         value: Value::Size(RNR_RETRY_INFINITE),
         why: "a peer that is slow to post receives is not an error",
     }];
-    if !direct {
-        if mismatch_is_emulated(version) {
-            settings.push(Setting {
-                name: "FI_OPT_EFA_USE_UNSOLICITED_WRITE_RECV",
-                option: sys::FI_OPT_EFA_USE_UNSOLICITED_WRITE_RECV,
-                value: Value::Flag(false),
-                why: "writes with immediate data wait for a receive instead of overrunning the completion queue",
-            });
-        }
+    if !direct && mismatch_is_emulated(version) {
         settings.push(Setting {
-            name: "FI_OPT_SHARED_MEMORY_PERMITTED",
-            option: sys::FI_OPT_SHARED_MEMORY_PERMITTED,
-            value: Value::Flag(options.shared_memory),
-            why: "shared memory to peers on this host",
+            name: "FI_OPT_EFA_USE_UNSOLICITED_WRITE_RECV",
+            option: sys::FI_OPT_EFA_USE_UNSOLICITED_WRITE_RECV,
+            value: Value::Flag(false),
+            why: "writes with immediate data wait for a receive instead of overrunning the completion queue",
         });
     }
     if options.gpu_by_nic {
@@ -193,6 +186,19 @@ pub(super) fn configure(
         }
     }
     reaches_gpus
+}
+
+/// Says once in the log if these NICs cannot write, as those of a p4d; `get` gives a flag of the endpoint.
+pub(super) fn tell_of_emulation(get: impl FnOnce(c_int) -> Option<bool>) {
+    static ONCE: Once = Once::new();
+    if !ONCE.is_completed() && get(sys::FI_OPT_EFA_EMULATED_WRITE) == Some(true) {
+        ONCE.call_once(|| {
+            log::info!(
+                "these EFA devices have no RDMA write: libfabric has the peer's software fetch what is written \
+                 (FI_OPT_EFA_EMULATED_WRITE). A write to a peer that dies may wait for ever: transfer_timeout_ms bounds it"
+            );
+        });
+    }
 }
 
 #[cfg(test)]

@@ -36,8 +36,6 @@ pub struct EndpointOptions {
     pub rx_size: Option<usize>,
     /// Whether to ask for a file descriptor to sleep on. A provider without one that works is polled.
     pub want_wait_fd: bool,
-    /// Whether efa may use shared memory to peers on this host.
-    pub shared_memory: bool,
     /// Whether efa is to leave GPU memory to its NIC and make no call of CUDA; see [`Endpoint::reaches_gpus`].
     pub gpu_by_nic: bool,
 }
@@ -50,7 +48,6 @@ impl Default for EndpointOptions {
             tx_size: None,
             rx_size: None,
             want_wait_fd: true,
-            shared_memory: false,
             gpu_by_nic: false,
         }
     }
@@ -122,6 +119,9 @@ impl Endpoint {
             });
         // SAFETY: FI_ENABLE takes no argument.
         unsafe { ep.control("fi_enable", sys::FI_ENABLE, ptr::null_mut())? };
+        if efa::is_efa(device.provider()) {
+            efa::tell_of_emulation(|option| get_flag(&ep, option));
+        }
         Ok(Self {
             ep,
             eq,
@@ -401,6 +401,17 @@ fn open_eq(domain: &Domain) -> Opened<sys::fid_eq> {
         };
         Handle::from_open("fi_eq_open", status, eq)
     }
+}
+
+/// A `bool` option; `None` where this libfabric does not know it.
+fn get_flag(ep: &Handle<sys::fid_ep>, option: c_int) -> Option<bool> {
+    let (mut value, mut len) = (0_u8, 1_usize);
+    // SAFETY: the endpoint is open; the provider writes a C `bool` where it is lent one byte.
+    let status = unsafe {
+        let getopt = (*(*ep.as_ptr()).ops).getopt?;
+        getopt(ep.fid(), sys::FI_OPT_ENDPOINT, option, (&raw mut value).cast::<c_void>(), &raw mut len)
+    };
+    (status == 0).then_some(value != 0)
 }
 
 fn set_option(ep: &Handle<sys::fid_ep>, option: c_int, value: &[u8]) -> std::result::Result<(), FabricError> {
