@@ -1,13 +1,14 @@
 //! Who drives the rails, and when to sleep.
 //!
 //! Whoever is in a call may drive a rail that nobody holds. With NIXL's progress thread on, threads of our
-//! own do so too: each looks after a group of rails, spins for a few tens of microseconds after the last
-//! event, and then blocks on the rails' wait objects, or sleeps where the provider has none. Idle costs nothing.
+//! own do so too: each looks after a group of rails, spins for a while after the last event, and then blocks on the
+//! rails' wait objects. Where the provider has none that work (efa) it naps, and looks.
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
-use std::thread::JoinHandle;
+use std::sync::{Arc, OnceLock, Weak};
+use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
@@ -29,13 +30,22 @@ pub trait Driver: Send + Sync {
 /// When a progress thread sleeps, and for how long.
 #[derive(Debug, Clone, Copy)]
 pub struct Pace {
-    /// It spins this long after the last event.
-    pub spin: Duration,
-    /// Longest sleep where no wait object tells of events, and while something is under way.
-    pub sleep_max: Duration,
+    /// It spins this long after the last event; `None` is [`SPIN_BEFORE_BLOCK`] or [`SPIN_BEFORE_NAP`].
+    pub spin: Option<Duration>,
+    /// How long it sleeps at a time where no wait object tells of events.
+    pub nap: Duration,
     /// Whether wait objects are used.
     pub use_wait_fd: bool,
 }
+
+/// How long a thread spins that can block: an event wakes it at once.
+const SPIN_BEFORE_BLOCK: Duration = Duration::from_micros(50);
+/// How long a thread spins that must look for itself: longer than a peer takes between what belongs together.
+const SPIN_BEFORE_NAP: Duration = Duration::from_millis(1);
+/// How long it spins for operations in flight that bring no event: a NIC is done in less, a peer that died is not waited for.
+const SPIN_IN_FLIGHT: Duration = Duration::from_millis(50);
+/// How late a sleep of our threads may end. The kernel's default of 50 us is as long as the naps.
+const TIMER_SLACK: Duration = Duration::from_micros(1);
 
 /// Longest sleep with nothing under way, when wait objects tell of events: a safety net, not a poll.
 const IDLE_SLEEP: Duration = Duration::from_secs(1);
@@ -44,24 +54,65 @@ const BUSY_SLEEP: Duration = Duration::from_millis(5);
 /// How often deadlines are looked at.
 const TICK: Duration = Duration::from_millis(10);
 
-/// Wakes sleeping progress threads.
+/// Wakes a sleeping progress thread.
 #[derive(Debug)]
 pub struct Waker {
     event: EventFd,
+    /// The thread, if it naps; else it blocks on the event.
+    napper: OnceLock<Thread>,
     sleeping: AtomicBool,
 }
 
 impl Waker {
     fn new() -> Result<Self> {
-        Ok(Self { event: EventFd::new()?, sleeping: AtomicBool::new(false) })
+        Ok(Self { event: EventFd::new()?, napper: OnceLock::new(), sleeping: AtomicBool::new(false) })
     }
 
     /// Ends the thread's sleep, if it sleeps.
     pub fn wake(&self) {
         if self.sleeping.swap(false, Ordering::AcqRel) {
-            self.event.signal();
+            match self.napper.get() {
+                Some(thread) => thread.unpark(),
+                None => self.event.signal(),
+            }
         }
     }
+}
+
+/// Shares rails out among threads, given the NUMA node of each: a thread has rails of one node, or of as few as can be,
+/// and the rails of a node go to its threads in turn, so that those of one GPU, which are neighbours, do not fall to one.
+///
+/// Returns the rails of each thread by index, none of them empty.
+pub fn deal(nodes: &[Option<u32>], threads: usize) -> Vec<Vec<usize>> {
+    let mut by_node: BTreeMap<Option<u32>, Vec<usize>> = BTreeMap::new();
+    for (rail, node) in nodes.iter().enumerate() {
+        by_node.entry(*node).or_default().push(rail);
+    }
+    let mut by_node: Vec<Vec<usize>> = by_node.into_values().collect();
+    let threads = threads.clamp(1, nodes.len().max(1));
+    if threads < by_node.len() {
+        // The largest first, each to the thread with the fewest.
+        by_node.sort_by_key(|rails| std::cmp::Reverse(rails.len()));
+        let mut dealt = vec![Vec::new(); threads];
+        for rails in by_node {
+            if let Some(fewest) = dealt.iter_mut().min_by_key(|group| group.len()) {
+                fewest.extend(rails);
+            }
+        }
+        return dealt;
+    }
+    // One thread for each node, and each one more where a thread has most to do.
+    let mut shares = vec![1; by_node.len()];
+    for _ in by_node.len()..threads {
+        let load = |at: &usize| (by_node[*at].len() * threads / shares[*at], std::cmp::Reverse(*at));
+        if let Some(most) = (0..by_node.len()).filter(|&at| shares[at] < by_node[at].len()).max_by_key(load) {
+            shares[most] += 1;
+        }
+    }
+    let dealt = by_node.iter().zip(shares).flat_map(|(rails, share)| {
+        (0..share).map(move |first| rails.iter().copied().skip(first).step_by(share).collect())
+    });
+    dealt.collect()
 }
 
 /// The progress threads of an engine.
@@ -124,16 +175,14 @@ struct Loop {
 
 impl Loop {
     fn run(&self) {
-        let fds: Option<Vec<i32>> =
-            if self.pace.use_wait_fd { self.rails.iter().map(|rail| rail.wait_fd()).collect() } else { None };
-        for fd in fds.iter().flatten().copied().chain([self.waker.event.fd()]) {
-            if let Err(e) = self.poller.add(fd) {
-                log::warn!("the progress thread cannot wait for events ({e}); it sleeps and looks instead");
-            }
+        crate::sys::thread::set_timer_slack(TIMER_SLACK);
+        let blocks = self.pace.use_wait_fd && self.watch_wait_objects();
+        if !blocks {
+            self.waker.napper.get_or_init(std::thread::current);
         }
+        let spin = self.pace.spin.unwrap_or(if blocks { SPIN_BEFORE_BLOCK } else { SPIN_BEFORE_NAP });
         let mut last_event = Instant::now();
         let mut last_tick = last_event;
-        let mut sleep = Duration::from_micros(1);
         while !self.stop.load(Ordering::Acquire) {
             let Some(driver) = self.driver.upgrade() else { return };
             let handled = driver.drive(&self.rails);
@@ -144,23 +193,38 @@ impl Loop {
             }
             if handled > 0 {
                 last_event = now;
-                sleep = Duration::from_micros(1);
                 continue;
             }
-            if now.duration_since(last_event) < self.pace.spin {
+            let quiet = now.duration_since(last_event);
+            if quiet < spin {
                 std::hint::spin_loop();
                 continue;
             }
             let busy = driver.is_busy();
-            drop(driver);
-            if fds.is_some() {
+            if blocks {
+                drop(driver);
                 self.block(if busy { BUSY_SLEEP } else { IDLE_SLEEP });
+            } else if busy && quiet < SPIN_IN_FLIGHT && !spin.is_zero() {
+                std::hint::spin_loop();
             } else {
-                // Without wait objects: look ever less often, up to the configured pace.
-                sleep = (sleep * 2).min(self.pace.sleep_max);
-                self.nap(sleep);
+                drop(driver);
+                self.nap();
             }
         }
+    }
+
+    /// Adds what the thread blocks on to the poller; false if it cannot block.
+    fn watch_wait_objects(&self) -> bool {
+        let Some(fds) = self.rails.iter().map(|rail| rail.wait_fd()).collect::<Option<Vec<_>>>() else {
+            return false;
+        };
+        fds.into_iter().chain([self.waker.event.fd()]).all(|fd| match self.poller.add(fd) {
+            Ok(()) => true,
+            Err(e) => {
+                log::warn!("the progress thread cannot wait for events ({e}); it sleeps and looks instead");
+                false
+            }
+        })
     }
 
     /// Blocks on the wait objects, unless something is there already.
@@ -177,10 +241,70 @@ impl Loop {
         self.waker.event.clear();
     }
 
-    fn nap(&self, time: Duration) {
+    /// Sleeps for a moment, unless woken: a futex costs less than a descriptor, and this is done ten thousand times a second.
+    fn nap(&self) {
         self.waker.sleeping.store(true, Ordering::SeqCst);
-        self.poller.wait(time);
+        std::thread::park_timeout(self.pace.nap);
         self.waker.sleeping.store(false, Ordering::Release);
-        self.waker.event.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::deal;
+
+    #[test]
+    fn the_rails_of_a_gpu_go_to_different_threads() {
+        // A p5: 16 devices on each of two nodes, four in a row for each GPU.
+        let nodes: Vec<_> = (0..32).map(|rail| Some(rail / 16)).collect();
+        let dealt = deal(&nodes, 8);
+        assert_eq!(dealt[0], [0, 4, 8, 12]);
+        assert_eq!(dealt[7], [19, 23, 27, 31]);
+        // More nodes than threads: whole nodes.
+        assert_eq!(deal(&[Some(0), Some(1), Some(2), Some(0)], 2), [vec![0, 3], vec![1, 2]]);
+        assert_eq!(deal(&[None, None, None], 1), [[0, 1, 2]]);
+        assert_eq!(deal(&[None, None], 5), [[0], [1]]);
+    }
+
+    proptest! {
+        #[test]
+        fn every_rail_has_one_thread_and_no_thread_much_more_than_another(
+            nodes in proptest::collection::vec(proptest::option::of(0..5_u32), 1..100),
+            threads in 0..70_usize,
+        ) {
+            let dealt = deal(&nodes, threads);
+            prop_assert_eq!(dealt.len(), threads.clamp(1, nodes.len()));
+            prop_assert!(dealt.iter().all(|group| !group.is_empty()));
+            let mut rails: Vec<_> = dealt.iter().flatten().copied().collect();
+            rails.sort_unstable();
+            prop_assert_eq!(rails, (0..nodes.len()).collect::<Vec<_>>());
+            let node_of = |rail: &usize| nodes[*rail];
+            let of_node = |node| nodes.iter().filter(|other| **other == node).count();
+            let known: BTreeSet<_> = nodes.iter().copied().collect();
+            for node in &known {
+                let groups: Vec<_> =
+                    dealt.iter().filter(|group| group.iter().any(|rail| node_of(rail) == *node)).collect();
+                if threads < known.len() {
+                    prop_assert_eq!(groups.len(), 1, "a node is not torn apart");
+                    continue;
+                }
+                prop_assert!(groups.iter().all(|group| group.iter().all(|rail| node_of(rail) == *node)));
+                let sizes = groups.iter().map(|group| group.len());
+                prop_assert!(sizes.clone().max().unwrap() - sizes.min().unwrap() <= 1);
+                // Neighbours are apart as far as there are threads.
+                let rails: Vec<_> = (0..nodes.len()).filter(|rail| node_of(rail) == *node).collect();
+                for window in rails.windows(groups.len().min(of_node(*node))) {
+                    let owners: BTreeSet<_> = window
+                        .iter()
+                        .map(|rail| dealt.iter().position(|group| group.contains(rail)).unwrap())
+                        .collect();
+                    prop_assert_eq!(owners.len(), window.len());
+                }
+            }
+        }
     }
 }

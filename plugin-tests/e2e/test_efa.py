@@ -1,6 +1,7 @@
 """What only EFA does: no order, many devices, silent loss, devices that die. Run with --network efa or efa-direct."""
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,21 @@ def test_devices_become_rails(bed, efa, request):
     log = agent.log_text()
     assert f"{request.config.getoption('--devices')} rails" in log and "provider efa" in log
     assert "WARN" not in log, "an RDMA device is nothing to warn of"
+
+
+def files_of_libfabric():
+    """Shared memory of the processes that run now; programs that were killed leave theirs behind."""
+    return {path.name for path in Path("/dev/shm").iterdir() if "fe80" in path.name}
+
+
+@pytest.mark.ours
+def test_no_shared_memory(bed, efa, progress):
+    """The provider's own shared memory costs a domain, an endpoint and a queue for each rail, and is never used."""
+    efa.shm = True
+    before = files_of_libfabric()
+    first, second = bed.pair(progress_thread=progress)
+    write_all(first, second, MIB, 1)
+    assert files_of_libfabric() <= before
 
 
 @pytest.mark.ours

@@ -183,6 +183,66 @@ def test_different_devices(bed, efa, initiator, devices, progress):
     exchange(first, second, size=16 * MIB + 1, turns=2)
 
 
+def look_away(_worker, seconds):
+    """The program is elsewhere: nobody polls, and its devices go on."""
+    time.sleep(seconds)
+
+
+def write_in_turn(worker, local, remote, peer, count):
+    """Notified writes, one after the other; returns how each ended."""
+    handle = worker.prepare("WRITE", local, remote, peer, b"x")
+    ends = []
+    for number in range(count):
+        worker.post(handle, b"%d" % number)
+        ends.append(worker.wait(handle, 60))
+    worker.release(handle)
+    return ends
+
+
+@pytest.mark.efa
+@pytest.mark.parametrize("version", LIBFABRICS)
+@pytest.mark.parametrize("devices", [4, 1], ids=["4-devices", "1-device"])
+def test_target_that_does_not_look(bed, efa, version, devices):
+    """100,000 writes of 4 KiB with immediates come while nobody looks at the completion queues: none is lost, for each takes
+    a receive, and where there is none the sender's device tries again."""
+    efa.devices = devices
+    first, second = Fleet(bed, libfabric=version).pair("stock")
+    writes, block, transfers = 1000, 4096, 100
+    source, target = first.buffer(writes * block, seed=1), second.buffer(writes * block)
+    first.knows(second)
+    first.transfer("WRITE", [source[:]], [target[:]], second, b"met")
+    second.receives(b"met", sender=first)
+    blocks = [slice(index * block, (index + 1) * block) for index in range(writes)]
+    # Apart from one another, so that nobody makes one of two.
+    here, there = [source[part] for part in blocks], [target[part] for part in reversed(blocks)]
+    second.begin("run", __name__, "look_away", (2,))
+    arguments = (here, there, second.name, transfers)
+    ends = first.run(write_in_turn, *arguments, deadline=120)
+    second.finish(60)
+    assert ends == ["DONE"] * transfers
+    found = second.call("receive", transfers, 60, deadline=90)
+    assert [text for _, text in found] == [b"%d" % number for number in range(transfers)]
+    assert counted(efa, 1, "softefa_cq_overruns") == 0
+    assert counted(efa, 1, "rx_drops") > 0
+    assert counted(efa, 0, "rdma_write_bytes") == (transfers + 1) * writes * block
+
+
+def counted(efa, host, name):
+    return sum(values[name] for values in efa.host(host).counters().values())
+
+
+@pytest.mark.efa
+@pytest.mark.parametrize("version", LIBFABRICS)
+def test_devices_write(bed, efa, initiator, version):
+    """Writes with immediates are the devices' own: libfabric emulates them in silence where two peers differ."""
+    first, second = Fleet(bed, libfabric=version).pair(initiator)
+    source, target = first.buffer(4 * MIB, seed=1), second.buffer(4 * MIB)
+    first.knows(second)
+    first.transfer("WRITE", [source[:]], [target[:]], second, b"met")
+    second.receives(b"met", sender=first)
+    assert counted(efa, 0, "rdma_write_bytes") == 4 * MIB
+
+
 def test_many_agents(fleet):
     """Three of each kind: everybody writes to everybody at once, and every byte and every word is told from the others."""
     agents = [fleet.agent(kind) for kind in KINDS * 3]

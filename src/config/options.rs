@@ -90,20 +90,20 @@ options! {
     "Without effect; taken because the C++ plugin has it. No queue of batches stands before a rail here."
     "post_queue_size" => post_queue_size: usize = "32768", Range::Number(1, 1 << 20, "batches");
 
-    "Completion queue entries of a rail; 0: as many as can be in flight."
+    "Completion queue entries of a rail; 0: 32768 on efa, else as many as can be in flight."
     "cq_entries" => cq_entries: usize = "0", Range::Number(0, 1 << 20, COUNT);
 
     "Progress threads, among which the rails are shared out; 0: one. Only where NIXL enables its progress thread."
     "num_threads" => num_threads: usize = "0", Range::Number(0, 64, "threads");
 
-    "A progress thread polls this long after the last event before it sleeps."
-    "spin_us" => spin: Duration = "50", Range::Number(0, 1_000_000, US);
+    "A progress thread polls this long after the last event before it sleeps. Empty: 50 where it sleeps on a wait object, else 1000."
+    "spin_us" => spin: Option<Duration> = "", Range::Number(0, 1_000_000, US);
 
-    "How an idle progress thread waits: `fd` on the queue's wait object, `sleep` with back-off, `auto` fd where there is one."
+    "How an idle progress thread waits: `fd` on the queue's wait object, `sleep` in naps, `auto` fd where there is one that works."
     "wait" => wait: Wait = "auto", Range::Word(&["auto", "fd", "sleep"]);
 
-    "Longest sleep without a wait object."
-    "sleep_us_max" => sleep_max: Duration = "200", Range::Number(1, 1_000_000, US);
+    "How long a progress thread sleeps at a time without a wait object: as long may a peer's first message wait."
+    "sleep_us_max" => sleep_max: Duration = "80", Range::Number(1, 1_000_000, US);
 
     "Longest wait for a peer that does not answer, or accepts nothing."
     "connect_timeout_ms" => connect_timeout: Duration = "30000", Range::Number(1, 3_600_000, MS);

@@ -20,7 +20,7 @@ fn defaults_are_readable_and_are_what_stock_users_know() {
     assert_eq!(config.num_threads, 0);
     assert_eq!(config.split_batch_size, 1024);
     assert_eq!(config.connect_timeout, Duration::from_secs(30));
-    assert_eq!(config.spin, Duration::from_micros(50));
+    assert_eq!(config.spin, None);
 }
 
 #[test]
@@ -48,7 +48,7 @@ fn passing_the_shown_options_back_changes_nothing() {
     let shown: BTreeMap<_, _> = defaults_from(env).into_iter().collect();
     assert_eq!(shown.len(), OPTIONS.len());
     let (config, warnings) = Config::from_lookup(&shown, env).unwrap();
-    assert_eq!(config, Config { spin: Duration::from_micros(9), ..Config::default() });
+    assert_eq!(config, Config { spin: Some(Duration::from_micros(9)), ..Config::default() });
     assert!(warnings.is_empty());
 }
 

@@ -54,6 +54,13 @@ impl FromText for Duration {
     }
 }
 
+/// Nothing, or a value.
+impl FromText for Option<Duration> {
+    fn from_text(text: &str, range: Range) -> Result<Self, String> {
+        if text.trim().is_empty() { Ok(None) } else { Duration::from_text(text, range).map(Some) }
+    }
+}
+
 impl FromText for bool {
     fn from_text(text: &str, _: Range) -> Result<Self, String> {
         match text.trim().to_ascii_lowercase().as_str() {
@@ -101,7 +108,7 @@ pub enum Wait {
     Auto,
     /// On the completion queue's wait object.
     Fd,
-    /// Asleep, with back-off.
+    /// In naps.
     Sleep,
 }
 

@@ -14,15 +14,15 @@ use super::vram::{self, Vram};
 use crate::config::{Config, Wait};
 use crate::cuda::Runtime;
 use crate::error::{Error, Result};
-use crate::fabric::{Device, Domain, Fabric, Libfabric};
+use crate::fabric::{Device, Domain, Fabric, Libfabric, efa};
 use crate::notify::Inbox;
 use crate::peer::{Local, PeerTable};
-use crate::progress::{Driver, Pace, ProgressThreads};
+use crate::progress::{Driver, Pace, ProgressThreads, deal};
 use crate::rail::{MESSAGE_BYTES_MAX, Rail, RailLimits};
 use crate::transfer::{LocalCopies, Rates};
 use crate::types::RailId;
 use crate::wire::blob::capability;
-use crate::wire::{ConnectionInfo, EndpointName, Extension};
+use crate::wire::{ConnectionInfo, EndpointName, Extension, Handshake, HandshakeExtension};
 
 /// Bytes of notifications that wait for the user before the network is left alone.
 const INBOX_BYTES_MAX: u64 = 1 << 30;
@@ -52,14 +52,16 @@ pub(super) fn open(
     }
     let endpoints =
         rails.iter().map(|rail| EndpointName::new(rail.endpoint_name())).collect::<Result<_>>()?;
+    let conn_info = ConnectionInfo { endpoints, extension: Some(extension) }.encode();
+    check_handshake(init.local_agent.as_bytes(), &conn_info, rails.len())?;
     let local = Arc::new(Local {
         name: init.local_agent,
-        conn_info: ConnectionInfo { endpoints, extension: Some(extension) }.encode(),
+        conn_info,
         sessions: AtomicU64::new(incarnation()),
         connect_timeout: config.connect_timeout,
         notif_bytes_max: config.notif_bytes_max,
         pending_bytes_max: config.pending_bytes_max,
-        introduces: found.devices.iter().any(crate::fabric::efa::is_direct),
+        introduces: found.devices.iter().any(efa::is_direct),
         rails,
     });
     let shared = Arc::new(Shared {
@@ -85,11 +87,16 @@ pub(super) fn open(
     let progress = if init.progress_thread {
         let pace = Pace {
             spin: shared.config.spin,
-            sleep_max: shared.config.sleep_max.max(init.progress_delay),
+            nap: shared.config.sleep_max.max(init.progress_delay),
             use_wait_fd,
         };
         let driver: Arc<dyn Driver> = Arc::clone(&shared) as Arc<dyn Driver>;
-        let threads = ProgressThreads::start(&driver, groups(&local.rails, shared.config.num_threads), pace)?;
+        let nodes: Vec<_> = local.rails.iter().map(|rail| shared.placement.numa_node(rail.id())).collect();
+        let groups = deal(&nodes, shared.config.num_threads)
+            .into_iter()
+            .map(|group| group.into_iter().map(|rail| Arc::clone(&local.rails[rail])).collect())
+            .collect();
+        let threads = ProgressThreads::start(&driver, groups, pace)?;
         let _ = shared.wakers.set(threads.wakers());
         Some(threads)
     } else {
@@ -159,7 +166,7 @@ fn open_rail(
     let fabric = Fabric::open(library, device)?;
     let domain = Domain::open(&fabric, device)?;
     let control = id == RailId(0);
-    let receives = match (control, crate::fabric::efa::is_direct(device)) {
+    let receives = match (control, efa::is_direct(device)) {
         (true, _) => config.control_recv_buffers as u32,
         // Writes with immediate data use up receives there.
         (false, true) => (device.rx_size() as u32).clamp(1, 512),
@@ -172,7 +179,10 @@ fn open_rail(
         // lets it: the deeper the queue, the fewer turns a transfer takes.
         operations_max: if software { SOFTWARE_OPERATIONS } else { 0 },
         batch_slices: config.split_batch_size as u32,
-        cq_entries: config.cq_entries as u32,
+        cq_entries: match config.cq_entries {
+            0 => efa::cq_entries(device).unwrap_or(0) as u32,
+            entries => entries as u32,
+        },
         stall_timeout: config.connect_timeout,
         want_wait_fd,
         // Asked for only where there is some (`discover`).
@@ -181,14 +191,14 @@ fn open_rail(
     Rail::open(id, &domain, device, &limits)
 }
 
-/// Rails in as many groups as there are threads.
-fn groups(rails: &[Arc<Rail>], threads: usize) -> Vec<Vec<Arc<Rail>>> {
-    let count = threads.clamp(1, rails.len());
-    let mut groups = vec![Vec::new(); count];
-    for (i, rail) in rails.iter().enumerate() {
-        groups[i * count / rails.len()].push(Arc::clone(rail));
-    }
-    groups
+/// An error if no handshake can tell a peer of so many rails.
+fn check_handshake(agent: &[u8], conn_info: &[u8], rails: usize) -> Result<()> {
+    let extension = HandshakeExtension { session: 1, peer_session: 1, answer_wanted: true };
+    let (name, conn) = (agent.to_vec(), Some(conn_info.to_vec()));
+    Handshake { index: 0, name, conn, extension: Some(extension) }
+        .encode()
+        .map(|_| ())
+        .map_err(|e| e.context(format_args!("no peer could be told of {rails} rails")))
 }
 
 /// A length that every device takes in one operation, a multiple of the page size.
@@ -215,7 +225,22 @@ fn incarnation() -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::rails_on_each;
+    use super::{MESSAGE_BYTES_MAX, check_handshake, rails_on_each};
+    use crate::wire::{ConnectionInfo, EndpointName, Extension};
+
+    /// Connection info of so many rails on EFA, whose endpoint names have 32 bytes.
+    fn conn_info(rails: usize) -> Vec<u8> {
+        let endpoints = vec![EndpointName::new(&[7; 32]).unwrap(); rails];
+        let extension = Some(Extension::ours(1, MESSAGE_BYTES_MAX as u32, 1 << 20));
+        ConnectionInfo { endpoints, extension }.encode()
+    }
+
+    #[test]
+    fn more_rails_than_a_handshake_can_name_are_refused() {
+        check_handshake(b"agent", &conn_info(96), 96).unwrap();
+        let refused = check_handshake(b"agent", &conn_info(128), 128).unwrap_err().to_string();
+        assert!(refused.contains("128 rails") && refused.contains("max_rails"), "{refused}");
+    }
 
     #[test]
     fn rails_are_shared_out_evenly() {

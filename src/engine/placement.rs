@@ -48,6 +48,12 @@ impl Placement {
         self.rails_of(&self.map.for_host(&numa_nodes_of(range.addr(), range.len()), turn))
     }
 
+    /// NUMA node that a rail's device is near, where the machine says so; the first of several.
+    pub fn numa_node(&self, rail: RailId) -> Option<u32> {
+        let device = self.rails.iter().position(|rails| rails.contains(&rail))?;
+        Machine::here().near(self.map.place(device)?).first().copied()
+    }
+
     /// Rails for memory of an accelerator, nearest first.
     pub fn rails_for_accelerator(&self, pci: Option<PciAddress>) -> Vec<RailId> {
         self.rails_of(&self.map.for_accelerator(pci))

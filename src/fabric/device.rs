@@ -288,6 +288,12 @@ impl Facts {
                 // One owner drives an endpoint and its queue, so efa need not lock. Other providers keep the locks
                 // that they have: they are not what speed depends on.
                 domain.threading = sys::FI_THREAD_COMPLETION;
+                // Without local communication it opens no shm domain, endpoint and queue beside each of its own, and
+                // peers of this host are reached through the NIC. Nobody can ask for that before it is known that efa
+                // is the provider: others have hosts with nothing but a loopback.
+                if info.caps & sys::FI_REMOTE_COMM != 0 {
+                    info.caps &= !sys::FI_LOCAL_COMM;
+                }
             }
             Some(Self {
                 provider,

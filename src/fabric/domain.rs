@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::device::Device;
 use super::handle::Handle;
-use super::library::Libfabric;
+use super::library::{Libfabric, Version};
 use crate::error::{Error, Result};
 use crate::sys::libfabric as sys;
 
@@ -47,6 +47,11 @@ impl Fabric {
 
     pub(super) fn handle(&self) -> &Handle<sys::fid_fabric> {
         &self.handle
+    }
+
+    /// Version of the libfabric that opened it.
+    pub(super) fn version(&self) -> Version {
+        self.library.version()
     }
 }
 

@@ -1,6 +1,7 @@
 //! What is particular to the efa provider: options, error numbers, quirks by version.
 
 use std::ffi::c_int;
+use std::sync::Once;
 
 use super::device::Device;
 use super::endpoint::EndpointOptions;
@@ -15,6 +16,22 @@ const RNR_RETRY_INFINITE: usize = 7;
 /// with packets of 9 KB of its own: the device's 8192 would be 50 MB for each rail, touched when it is opened. A write
 /// with immediate data uses one until the queue is polled; when there is none left the sender's NIC tries again.
 const RECEIVES: usize = 1024;
+
+/// Entries of an endpoint's completion queue: all that the device has. It holds what we have in flight and what peers
+/// cause, one entry for each of their writes with immediate data, and what finds no room is lost without a word.
+const CQ_ENTRIES: usize = 32_768;
+
+/// Entries that the completion queue of an endpoint should have.
+pub fn cq_entries(device: &Device) -> Option<usize> {
+    is_efa(device.provider()).then_some(CQ_ENTRIES)
+}
+
+/// Whether one can sleep on a completion queue's wait object. Of the efa fabric it cannot be had up to 2.4 (ENOSYS), nor
+/// later where libfabric's shared memory is on, which is the default; and where it can, nothing arms it again after an
+/// event (2.5 and 2.6, prov/efa/src/rdm/efa_rdm_cq.c). efa-direct has one that works from 2.3 on.
+pub fn has_wait_object(device: &Device) -> bool {
+    !is_efa(device.provider()) || is_direct(device)
+}
 
 /// Entries that a receive queue needs for so many receives of ours.
 pub fn rx_size(device: &Device, receives: u32) -> Option<usize> {
@@ -49,6 +66,17 @@ pub fn numbers_messages(device: &Device) -> bool {
 /// handshake with the peer is over is never sent (ai-dynamo/nixl#1862), hence the completed write.
 pub fn batches_writes(device: &Device, version: Version) -> bool {
     is_efa(device.provider()) && version >= Version::new(2, 4)
+}
+
+/// Whether a write with immediate data works although the two ends differ in unsolicited write receive: from 2.4 on the
+/// target reads the data instead, before that the post fails with EOPNOTSUPP.
+///
+/// With unsolicited write receive, each such write is a completion queue entry of the target that nothing holds back, and
+/// those that find no room are lost while their sender is told that all is well. Without it a write takes a posted receive,
+/// and where there is none the sender's NIC tries again: the queue cannot overrun. C++ peers send such
+/// writes. Their wheels up to 1.5.0 leave libfabric's default, on; later ones turn it off.
+pub fn mismatch_is_emulated(version: Version) -> bool {
+    version >= Version::new(2, 4)
 }
 
 /// Whether a completion's provider error number says that the peer, or the way to it, is gone
@@ -97,27 +125,19 @@ enum Value {
 }
 
 /// The options that an endpoint gets before it is enabled.
-fn settings(direct: bool, options: &EndpointOptions) -> Vec<Setting> {
+fn settings(direct: bool, version: Version, options: &EndpointOptions) -> Vec<Setting> {
     let mut settings = vec![Setting {
         name: "FI_OPT_EFA_RNR_RETRY",
         option: sys::FI_OPT_EFA_RNR_RETRY,
         value: Value::Size(RNR_RETRY_INFINITE),
         why: "a peer that is slow to post receives is not an error",
     }];
-    if !direct {
-        // Both ends must agree, and C++ peers have it off. The efa-direct fabric needs it on: with it off, a write with
-        // immediate data would use up a posted receive.
+    if !direct && mismatch_is_emulated(version) {
         settings.push(Setting {
             name: "FI_OPT_EFA_USE_UNSOLICITED_WRITE_RECV",
             option: sys::FI_OPT_EFA_USE_UNSOLICITED_WRITE_RECV,
             value: Value::Flag(false),
-            why: "C++ peers have it off, and both ends must agree",
-        });
-        settings.push(Setting {
-            name: "FI_OPT_SHARED_MEMORY_PERMITTED",
-            option: sys::FI_OPT_SHARED_MEMORY_PERMITTED,
-            value: Value::Flag(options.shared_memory),
-            why: "shared memory to peers on this host",
+            why: "writes with immediate data wait for a receive instead of overrunning the completion queue",
         });
     }
     if options.gpu_by_nic {
@@ -139,11 +159,12 @@ fn settings(direct: bool, options: &EndpointOptions) -> Vec<Setting> {
 /// False if the NIC is to move GPU memory and cannot reach it.
 pub(super) fn configure(
     device: &Device,
+    version: Version,
     options: &EndpointOptions,
     mut set: impl FnMut(c_int, &[u8]) -> Result<(), FabricError>,
 ) -> bool {
     let mut reaches_gpus = true;
-    for Setting { name, option, value, why } in settings(is_direct(device), options) {
+    for Setting { name, option, value, why } in settings(is_direct(device), version, options) {
         let result = match value {
             Value::Flag(flag) => set(option, &[u8::from(flag)]),
             Value::Size(size) => set(option, &size.to_ne_bytes()),
@@ -163,6 +184,19 @@ pub(super) fn configure(
     reaches_gpus
 }
 
+/// Says once in the log if these NICs cannot write, as those of a p4d; `get` gives a flag of the endpoint.
+pub(super) fn tell_of_emulation(get: impl FnOnce(c_int) -> Option<bool>) {
+    static ONCE: Once = Once::new();
+    if !ONCE.is_completed() && get(sys::FI_OPT_EFA_EMULATED_WRITE) == Some(true) {
+        ONCE.call_once(|| {
+            log::info!(
+                "these EFA devices have no RDMA write: libfabric has the peer's software fetch what is written \
+                 (FI_OPT_EFA_EMULATED_WRITE). A write to a peer that dies may wait for ever: transfer_timeout_ms bounds it"
+            );
+        });
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -174,19 +208,23 @@ mod tests {
     }
 
     #[test]
-    fn direct_keeps_unsolicited_receives() {
+    fn unsolicited_receives_are_off_where_peers_may_have_them_on() {
         let options = EndpointOptions::default();
-        let sets = |direct, option| settings(direct, &options).iter().any(|s| s.option == option);
-        assert!(sets(false, sys::FI_OPT_EFA_USE_UNSOLICITED_WRITE_RECV));
-        assert!(!sets(true, sys::FI_OPT_EFA_USE_UNSOLICITED_WRITE_RECV));
-        assert!(sets(true, sys::FI_OPT_EFA_RNR_RETRY));
+        let sets = |direct, minor, option| {
+            settings(direct, Version::new(2, minor), &options).iter().any(|s| s.option == option)
+        };
+        assert!(sets(false, 4, sys::FI_OPT_EFA_USE_UNSOLICITED_WRITE_RECV));
+        assert!(!sets(false, 3, sys::FI_OPT_EFA_USE_UNSOLICITED_WRITE_RECV), "a mismatch fails there");
+        // There the mode FI_RX_CQ_DATA decides.
+        assert!(!sets(true, 4, sys::FI_OPT_EFA_USE_UNSOLICITED_WRITE_RECV));
+        assert!(sets(true, 4, sys::FI_OPT_EFA_RNR_RETRY));
     }
 
     #[test]
     fn cuda_is_forbidden_only_where_there_are_gpus() {
         let option = |gpu_by_nic| {
             let options = EndpointOptions { gpu_by_nic, ..EndpointOptions::default() };
-            let settings = settings(false, &options);
+            let settings = settings(false, Version::new(2, 4), &options);
             settings.into_iter().find(|s| s.option == sys::FI_OPT_CUDA_API_PERMITTED).map(|s| s.value)
         };
         assert_eq!(option(true), Some(Value::Flag(false)));

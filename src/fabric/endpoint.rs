@@ -21,10 +21,13 @@ use crate::sys::libfabric as sys;
 /// Longest endpoint name in bytes. EFA's has 32, a socket address 28; strings are longer.
 pub(super) const NAME_BYTES_MAX: usize = 256;
 
+/// Fewest completion queue entries that are asked for by number.
+const CQ_ENTRIES_MIN: usize = 1024;
+
 /// How an endpoint is opened.
 #[derive(Debug, Clone)]
 pub struct EndpointOptions {
-    /// Entries of the completion queue; 0 leaves it to the provider.
+    /// Entries of the completion queue; 0 leaves it to the provider. Where so many cannot be had, it gets fewer.
     pub cq_entries: usize,
     /// Buffers, of receives and messages, each in flight once at a time.
     pub buffers: u32,
@@ -34,10 +37,8 @@ pub struct EndpointOptions {
     pub tx_size: Option<usize>,
     /// Entries of the receive queue, at most the device's; `None` takes all of them.
     pub rx_size: Option<usize>,
-    /// Whether to ask for a file descriptor to sleep on. A provider without one is polled.
+    /// Whether to ask for a file descriptor to sleep on. A provider without one that works is polled.
     pub want_wait_fd: bool,
-    /// Whether efa may use shared memory to peers on this host.
-    pub shared_memory: bool,
     /// Whether efa is to leave GPU memory to its NIC and make no call of CUDA; see [`Endpoint::reaches_gpus`].
     pub gpu_by_nic: bool,
 }
@@ -51,7 +52,6 @@ impl Default for EndpointOptions {
             tx_size: None,
             rx_size: None,
             want_wait_fd: true,
-            shared_memory: false,
             gpu_by_nic: false,
         }
     }
@@ -104,7 +104,7 @@ impl Endpoint {
         }
         // A failure below drops what was opened in the opposite order: the endpoint first, the domain last.
         let occupied = Occupied::new(domain)?;
-        let (cq, wait_fd) = open_cq(domain, options)?;
+        let (cq, wait_fd) = open_cq(domain, device, options)?;
         let av = open_av(domain)?;
         let event_queue = open_eq(domain)?;
         let mut eq = None;
@@ -121,9 +121,14 @@ impl Endpoint {
             }
         }
         let reaches_gpus = !efa::is_efa(device.provider())
-            || efa::configure(device, options, |option, value| set_option(&ep, option, value));
+            || efa::configure(device, domain.fabric().version(), options, |option, value| {
+                set_option(&ep, option, value)
+            });
         // SAFETY: FI_ENABLE takes no argument.
         unsafe { ep.control("fi_enable", sys::FI_ENABLE, ptr::null_mut())? };
+        if efa::is_efa(device.provider()) {
+            efa::tell_of_emulation(|option| get_flag(&ep, option));
+        }
         Ok(Self {
             ep,
             eq,
@@ -306,27 +311,11 @@ fn open_ep(domain: &Domain, device: &Device, options: &EndpointOptions) -> Opene
 
 fn open_cq(
     domain: &Domain,
+    device: &Device,
     options: &EndpointOptions,
 ) -> std::result::Result<(Handle<sys::fid_cq>, Option<RawFd>), FabricError> {
-    let open = |wait_obj: c_int| {
-        let fid = domain.handle().as_ptr();
-        let mut cq = ptr::null_mut();
-        // SAFETY: integers and raw pointers, for which zero is a value; the domain is open, the attributes live
-        // through the call.
-        unsafe {
-            let mut attr: sys::fi_cq_attr = zeroed();
-            attr.size = options.cq_entries;
-            attr.format = sys::FI_CQ_FORMAT_DATA;
-            attr.wait_obj = wait_obj;
-            let status = match (*(*fid).ops).cq_open {
-                Some(open) => open(fid, &raw mut attr, &raw mut cq, ptr::null_mut()),
-                None => -libc::ENOSYS,
-            };
-            Handle::from_open("fi_cq_open", status, cq)
-        }
-    };
-    if options.want_wait_fd {
-        match open(sys::FI_WAIT_FD) {
+    if options.want_wait_fd && efa::has_wait_object(device) {
+        match open_cq_of_any_size(domain, options.cq_entries, sys::FI_WAIT_FD) {
             Ok(cq) => {
                 let mut fd: c_int = -1;
                 // SAFETY: FI_GETWAIT of a queue with FI_WAIT_FD fills an int.
@@ -341,13 +330,54 @@ fn open_cq(
             }
         }
     }
-    Ok((open(sys::FI_WAIT_NONE)?, None))
+    Ok((open_cq_of_any_size(domain, options.cq_entries, sys::FI_WAIT_NONE)?, None))
+}
+
+/// A completion queue with so many entries, else with half of them, and so on down to the provider's own choice.
+fn open_cq_of_any_size(domain: &Domain, entries: usize, wait_obj: c_int) -> Opened<sys::fid_cq> {
+    let mut size = entries;
+    loop {
+        match open_cq_of_size(domain, size, wait_obj) {
+            Err(error) if size > 0 && matches!(error.code, libc::EINVAL | libc::ENOMEM) => {
+                log::debug!("{:?}: no completion queue of {size} entries: {error}", domain.device());
+                size = if size > CQ_ENTRIES_MIN { size / 2 } else { 0 };
+            }
+            opened => {
+                if size != entries && opened.is_ok() {
+                    let got = if size == 0 { "the provider's default".to_owned() } else { size.to_string() };
+                    log::info!(
+                        "{:?}: {entries} completion queue entries cannot be had, it has {got}",
+                        domain.device()
+                    );
+                }
+                return opened;
+            }
+        }
+    }
+}
+
+fn open_cq_of_size(domain: &Domain, entries: usize, wait_obj: c_int) -> Opened<sys::fid_cq> {
+    let fid = domain.handle().as_ptr();
+    let mut cq = ptr::null_mut();
+    // SAFETY: integers and raw pointers, for which zero is a value; the domain is open, the attributes live through the
+    // call.
+    unsafe {
+        let mut attr: sys::fi_cq_attr = zeroed();
+        attr.size = entries;
+        attr.format = sys::FI_CQ_FORMAT_DATA;
+        attr.wait_obj = wait_obj;
+        let status = match (*(*fid).ops).cq_open {
+            Some(open) => open(fid, &raw mut attr, &raw mut cq, ptr::null_mut()),
+            None => -libc::ENOSYS,
+        };
+        Handle::from_open("fi_cq_open", status, cq)
+    }
 }
 
 fn open_av(domain: &Domain) -> Opened<sys::fid_av> {
     let fid = domain.handle().as_ptr();
     let mut av = ptr::null_mut();
-    // SAFETY: as in `open_cq`.
+    // SAFETY: as in `open_cq_of_size`.
     unsafe {
         let mut attr: sys::fi_av_attr = zeroed();
         attr.type_ = sys::FI_AV_UNSPEC;
@@ -362,7 +392,7 @@ fn open_av(domain: &Domain) -> Opened<sys::fid_av> {
 fn open_eq(domain: &Domain) -> Opened<sys::fid_eq> {
     let fabric = domain.fabric().handle().as_ptr();
     let mut eq = ptr::null_mut();
-    // SAFETY: as in `open_cq`; the fabric is open for as long as the domain.
+    // SAFETY: as in `open_cq_of_size`; the fabric is open for as long as the domain.
     unsafe {
         let mut attr: sys::fi_eq_attr = zeroed();
         attr.wait_obj = sys::FI_WAIT_NONE;
@@ -372,6 +402,17 @@ fn open_eq(domain: &Domain) -> Opened<sys::fid_eq> {
         };
         Handle::from_open("fi_eq_open", status, eq)
     }
+}
+
+/// A `bool` option; `None` where this libfabric does not know it.
+fn get_flag(ep: &Handle<sys::fid_ep>, option: c_int) -> Option<bool> {
+    let (mut value, mut len) = (0_u8, 1_usize);
+    // SAFETY: the endpoint is open; the provider writes a C `bool` where it is lent one byte.
+    let status = unsafe {
+        let getopt = (*(*ep.as_ptr()).ops).getopt?;
+        getopt(ep.fid(), sys::FI_OPT_ENDPOINT, option, (&raw mut value).cast::<c_void>(), &raw mut len)
+    };
+    (status == 0).then_some(value != 0)
 }
 
 fn set_option(ep: &Handle<sys::fid_ep>, option: c_int, value: &[u8]) -> std::result::Result<(), FabricError> {

@@ -128,9 +128,16 @@ fn errno_text(errno: i32) -> String {
     }
 }
 
-/// What to do when a registration fails.
-pub(super) fn registration_hint(code: i32) -> Option<&'static str> {
+/// What to do when a registration fails. `efa`: it was efa's, which passes on what `ibv_reg_mr` says.
+pub(super) fn registration_hint(efa: bool, code: i32) -> Option<&'static str> {
     match code {
+        // The kernel says the same of both limits.
+        libc::ENOMEM if efa => Some(
+            "the NIC could not take the memory. Either the locked-memory limit is too low (`ulimit -l`; raise it by \
+             `ulimit -l unlimited`, or LimitMEMLOCK=infinity), or the NIC's page entries are used up: an EFA NIC has about 24 \
+             million, some 90 GB in pages of 4 KiB. Put large host pools on huge pages (2 MiB or 1 GiB), or register \
+             less on each NIC (max_bw_per_dram_seg)",
+        ),
         libc::ENOMEM => Some(
             "the NIC could not pin the memory: raise the locked-memory limit (`ulimit -l unlimited`, or \
              LimitMEMLOCK=infinity), or register less on each NIC",
@@ -147,6 +154,14 @@ pub(super) fn registration_hint(code: i32) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_that_a_nic_cannot_take_has_two_remedies() {
+        let words = registration_hint(true, libc::ENOMEM).expect("words");
+        assert!(words.contains("huge pages") && words.contains("24 million") && words.contains("ulimit -l"));
+        // Page entries are what EFA NICs run out of.
+        assert!(!registration_hint(false, libc::ENOMEM).expect("words").contains("huge pages"));
+    }
 
     #[test]
     fn numbers_become_words_and_statuses() {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use super::MemoryRange;
 use super::domain::Domain;
+use super::efa;
 use super::endpoint::Endpoint;
 use super::error::{FabricError, registration_hint};
 use super::handle::Handle;
@@ -180,7 +181,8 @@ impl Domain {
             };
             Handle::from_open(CALL, status, mr)
         };
-        let handle = handle.map_err(|error| match registration_hint(error.code) {
+        let is_efa = efa::is_efa(self.device().provider());
+        let handle = handle.map_err(|error| match registration_hint(is_efa, error.code) {
             Some(hint) => error.hint(hint),
             None => error,
         })?;

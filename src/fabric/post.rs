@@ -75,8 +75,16 @@ type Submit = unsafe extern "C" fn(*mut sys::fid_ep, *const sys::fi_msg_rma, u64
 
 impl Endpoint {
     /// Begins a share: operations of `list` will be posted over its lane `lane` to a peer. Completions name the share
-    /// by `share`, a number that is not in use.
-    pub fn begin(&mut self, share: u32, list: Arc<RmaList>, lane: u16, dest: FiAddr) -> Result<()> {
+    /// by `share`, a number that is not in use. With `imm` each write tells the peer's completion queue, as the C++ plugin's
+    /// do: test beds that stand for it do so, the plugin never does.
+    pub fn begin(
+        &mut self,
+        share: u32,
+        list: Arc<RmaList>,
+        lane: u16,
+        dest: FiAddr,
+        imm: Option<u32>,
+    ) -> Result<()> {
         const CALL: &str = "begin";
         let Some(way) = list.lane(lane) else {
             return Err(FabricError::refused(CALL, format!("{list:?} has no lane {lane}")));
@@ -87,7 +95,7 @@ impl Endpoint {
         if self.peers.raw(dest).is_none() {
             return Err(FabricError::refused(CALL, "the peer's address is not known on this endpoint"));
         }
-        self.shares.begin(share, list, lane, dest)
+        self.shares.begin(share, list, lane, dest, imm)
     }
 
     /// Ends a share: nothing more of it is posted. What is in flight completes under its number.
@@ -130,6 +138,8 @@ impl Endpoint {
         let batch = batch && op == Op::Write && self.open_batch.is_none();
         // As far as there are cells: a batch must not end for want of one.
         let end = range.end.min(list.len()).min(range.start.saturating_add(self.slots.room()));
+        let data = entry.imm.unwrap_or(0);
+        let common = sys::FI_COMPLETION | if entry.imm.is_some() { sys::FI_REMOTE_CQ_DATA } else { 0 };
         let confirm_each = op == Op::Write && !self.orders_writes;
         let (mut count, mut bytes, mut stopped, mut open) = (0, 0, None, false);
         for index in range.start..end {
@@ -151,9 +161,9 @@ impl Endpoint {
                 rma_iov: &raw const remote,
                 rma_iov_count: 1,
                 context,
-                data: 0,
+                data: data.into(),
             };
-            let mut flags = sys::FI_COMPLETION;
+            let mut flags = common;
             if confirm_each || (op == Op::Write && index + 1 == confirmed_at) {
                 flags |= sys::FI_DELIVERY_COMPLETE;
             }

@@ -12,6 +12,8 @@ pub(super) struct Share {
     pub(super) list: Arc<RmaList>,
     pub(super) lane: u16,
     pub(super) peer: FiAddr,
+    /// Immediate data of each write.
+    pub(super) imm: Option<u32>,
     pub(super) in_flight: u32,
     /// Nothing more will be posted.
     ended: bool,
@@ -28,6 +30,7 @@ impl Shares {
         list: Arc<RmaList>,
         lane: u16,
         peer: FiAddr,
+        imm: Option<u32>,
     ) -> Result<(), FabricError> {
         let at = key as usize;
         if self.0.len() <= at {
@@ -36,7 +39,7 @@ impl Shares {
         if self.0[at].is_some() {
             return Err(FabricError::refused("begin", format!("share {key} is in use")));
         }
-        self.0[at] = Some(Share { list, lane, peer, in_flight: 0, ended: false });
+        self.0[at] = Some(Share { list, lane, peer, imm, in_flight: 0, ended: false });
         Ok(())
     }
 

@@ -138,7 +138,7 @@ fn move_all(
     list: &Arc<RmaList>,
     batch: bool,
 ) -> (u32, u64) {
-    a.endpoint.begin(0, Arc::clone(list), 0, to_b).unwrap();
+    a.endpoint.begin(0, Arc::clone(list), 0, to_b, None).unwrap();
     let (mut posted, mut done) = (0, (0, 0));
     let mut seen = [Vec::new(), Vec::new()];
     let start = Instant::now();
@@ -209,18 +209,18 @@ fn what_is_wrong_is_refused_before_libfabric_sees_it() {
     assert!(RmaList::new(slice(at, 100, 0), vec![vec![way(&local)], Vec::new()]).is_err());
     let good = Arc::new(RmaList::new(slice(at, 100, 0), vec![vec![way(&local)]]).unwrap());
     let elsewhere = RmaList::new(slice(foreign.addr_of(0), 100, 0), vec![vec![way(&foreign)]]).unwrap();
-    assert!(a.endpoint.begin(0, Arc::new(elsewhere), 0, to_b).is_err(), "another NIC's memory");
-    assert!(a.endpoint.begin(0, Arc::clone(&good), 1, to_b).is_err(), "no such lane");
+    assert!(a.endpoint.begin(0, Arc::new(elsewhere), 0, to_b, None).is_err(), "another NIC's memory");
+    assert!(a.endpoint.begin(0, Arc::clone(&good), 1, to_b, None).is_err(), "no such lane");
     assert!(a.endpoint.post_slices(0, Op::Write, 0..1, 1, false).stopped.unwrap().is_err(), "not begun");
-    a.endpoint.begin(0, Arc::clone(&good), 0, to_b).unwrap();
-    assert!(a.endpoint.begin(0, Arc::clone(&good), 0, to_b).is_err(), "in use");
+    a.endpoint.begin(0, Arc::clone(&good), 0, to_b, None).unwrap();
+    assert!(a.endpoint.begin(0, Arc::clone(&good), 0, to_b, None).is_err(), "in use");
     a.endpoint.end(0);
     assert!(a.endpoint.insert_address(&[]).is_err());
     assert!(a.endpoint.insert_address(&[0xff; 300]).is_err());
     let send = Send { buffer: &local, offset: 0, len: 101, imm: None, dest: to_b, context: 0 };
     assert!(a.endpoint.send(&send).is_err(), "beyond the end");
     a.endpoint.remove_address(to_b).unwrap();
-    assert!(a.endpoint.begin(0, good, 0, to_b).is_err(), "removed");
+    assert!(a.endpoint.begin(0, good, 0, to_b, None).is_err(), "removed");
     assert_eq!(a.endpoint.in_flight(), 0);
 }
 
@@ -247,7 +247,7 @@ fn a_peer_that_goes_away_fails_what_is_in_flight() {
     let (source, target) = (a.buffer(LEN), b.buffer(LEN));
     move_all(&mut a, &mut b, to_b, Op::Write, &list(&source, &target, &[(0, 0, 1)]), false);
     // Connected. Now the peer goes without looking at what comes.
-    a.endpoint.begin(1, list(&source, &target, &[(0, 0, LEN as u32)]), 0, to_b).unwrap();
+    a.endpoint.begin(1, list(&source, &target, &[(0, 0, LEN as u32)]), 0, to_b, None).unwrap();
     assert_eq!(a.endpoint.post_slices(1, Op::Write, 0..1, 1, false).count, 1);
     assert!(a.endpoint.remove_address(to_b).is_err(), "in flight");
     // Ended in flight, a share stays until its last completion.

@@ -484,7 +484,7 @@ impl Core {
         // The number of the share is not in use at the endpoint while it holds nothing.
         self.endpoint.end(key as u32);
         let address = self.destinations.get(share.destination).addr;
-        if let Err(e) = self.endpoint.begin(key as u32, list, share.lane, address) {
+        if let Err(e) = self.endpoint.begin(key as u32, list, share.lane, address, None) {
             log::error!("rail {}: {e}", self.id);
         }
         true

@@ -24,7 +24,8 @@ class SoftHost:
         network = self.network
         return [
             str(PROGRAM), "--dir", str(network.folder), "--topology", network.topology, "--host", self.name,
-            "--devices", str(self.devices), "--seed", str(network.seed), *(["--trace"] if network.trace else []),
+            "--devices", str(self.devices), "--seed", str(network.seed),
+            *(["--trace"] if network.trace else []), *(["--shm"] if network.shm else []),
         ]
 
     def enter(self):
@@ -47,9 +48,9 @@ class SoftEfa:
 
     links = 0
 
-    def __init__(self, devices=4, fabric="efa", topology="p5.48xlarge", seed=1, hosts=None, trace=False):
+    def __init__(self, devices=4, fabric="efa", topology="p5.48xlarge", seed=1, hosts=None, trace=False, shm=False):
         self.fabric, self.topology, self.seed, self.trace = fabric, topology, seed, trace
-        self.devices, self.hosts = devices, hosts
+        self.devices, self.hosts, self.shm = devices, hosts, shm
         self.folder = Path(tempfile.mkdtemp(prefix="softefa-", dir="/dev/shm"))
 
     def host(self, index, devices=None):

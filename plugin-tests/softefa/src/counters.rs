@@ -1,4 +1,5 @@
-//! The device's hardware counters, under the names of the EFA kernel driver's `hw_counters`.
+//! The device's hardware counters, under the names of the EFA kernel driver's `hw_counters`; those that begin with
+//! `softefa_` are our own.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -43,6 +44,9 @@ counters! {
     retrans_timeout_events: "Times that a sender gave up waiting and sent again.",
     unresponsive_remote_events: "Operations given up because the remote did not answer.",
     impaired_remote_conn_events: "Connections that run below their speed; never counted here.",
+    softefa_posted_wrs: "Work requests posted to send queues.",
+    softefa_doorbells: "Times that a send queue's doorbell rang: one for all requests between `wr_start` and `wr_complete`.",
+    softefa_cq_overruns: "Completions lost because their completion queue was full.",
 }
 
 /// Adds.

@@ -53,6 +53,7 @@ events! {
     Create = "create-qp",
     Destroy = "destroy-qp",
     PeerGone = "peer-gone",
+    Overrun = "cq-overrun",
 }
 
 /// One event; fields that make no sense for it are 0.

@@ -86,6 +86,65 @@ fn order_is_anything_unless_asked_for() {
 }
 
 #[test]
+fn a_batch_rings_one_doorbell() {
+    each(|network| {
+        let [mut a, mut b] = network.pair(MIB, 64);
+        warm_up(&mut a, &mut b);
+        let counted = || {
+            let [posted, rung] =
+                ["softefa_posted_wrs", "softefa_doorbells"].map(|name| network.counter("a", name));
+            (posted, rung)
+        };
+        let (key, base) = b.buffers[0];
+        for (batch, times, doorbells) in [(1, 32, 32), (16, 2, 2)] {
+            // What the provider has to say for itself is said by now.
+            a.wait_up_to(1, 0, 100);
+            let before = counted();
+            for _ in 0..times {
+                a.ask(&format!("batch {batch} 0 0 0 64 {key} {base}"));
+            }
+            assert_eq!(a.wait(32, 0).sent, [0; 32]);
+            let after = counted();
+            assert_eq!((after.0 - before.0, after.1 - before.1), (32, doorbells), "batches of {batch}");
+        }
+    });
+}
+
+#[test]
+fn a_completion_queue_that_is_full_loses_what_comes() {
+    each(|network| {
+        if !network.direct() {
+            // There libfabric makes the queue as large as it thinks right.
+            return;
+        }
+        // None comes late, when there is room again.
+        network.control("hold_pct=0");
+        let mut ends = [network.spawn("a"), network.spawn("b")];
+        for (end, entries) in ends.iter_mut().zip([1024, 64]) {
+            end.open_with(0, &network.fabric, entries);
+            end.buffer(4096);
+            // A write with immediate data may use one up.
+            end.receives(128);
+        }
+        let [mut a, mut b] = ends;
+        a.connect(&b);
+        b.connect(&a);
+        for index in 0..100 {
+            a.write(0, &b, 0, 64, Some(index));
+        }
+        // Each of them is done: it has arrived, and its sender cannot know that nobody will hear of it.
+        assert_eq!(a.wait(100, 0).sent, [0; 100]);
+        assert_eq!(b.wait_up_to(0, 100, 500).arrived.len(), 64);
+        assert_eq!(network.counter("b", "softefa_cq_overruns"), 36);
+        assert_eq!(network.counter("a", "softefa_cq_overruns"), 0);
+        // Room that was made is used.
+        a.write(0, &b, 0, 64, Some(7));
+        assert_eq!(a.wait(1, 0).sent, [0]);
+        assert_eq!(immediates(&b.wait(0, 1)), [7]);
+    });
+}
+
+#[test]
 fn an_operation_fails_as_told() {
     each(|network| {
         let [mut a, mut b] = network.pair(MIB, 64);

@@ -31,6 +31,8 @@ constants! {
     FI_TRANSMIT_COMPLETE: u64 = 1 << 27;
     FI_DELIVERY_COMPLETE: u64 = 1 << 28;
     FI_HMEM: u64 = 1 << 47;
+    FI_LOCAL_COMM: u64 = 1 << 51;
+    FI_REMOTE_COMM: u64 = 1 << 52;
     FI_HMEM_DEVICE_ONLY: u64 = 1 << 46;
 
     // Mode bits.
@@ -125,7 +127,8 @@ constants! {
     // 1.20: a dmabuf describes the memory to register.
     FI_MR_DMABUF: u64 = 1 << 40;
     FI_OPT_CUDA_API_PERMITTED: c_int = 10;
-    FI_OPT_SHARED_MEMORY_PERMITTED: c_int = 11;
+    // 1.18.
+    FI_OPT_EFA_EMULATED_WRITE: c_int = FI_OPT_EFA_RNR_RETRY + 2;
 }
 
 constants! {

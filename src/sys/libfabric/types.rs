@@ -371,7 +371,15 @@ structures! { LAYOUTS:
     struct fi_ops_ep {
         size: usize,
         cancel: Option<unsafe extern "C" fn(fid: *mut fid, context: *mut c_void) -> isize>,
-        getopt: unused,
+        getopt: Option<
+            unsafe extern "C" fn(
+                fid: *mut fid,
+                level: c_int,
+                optname: c_int,
+                optval: *mut c_void,
+                optlen: *mut usize,
+            ) -> c_int,
+        >,
         setopt: Option<
             unsafe extern "C" fn(
                 fid: *mut fid,

@@ -92,7 +92,7 @@ pub(super) static EQ: Table<sys::fi_ops_eq> = Table(sys::fi_ops_eq {
 pub(super) static EP: Table<sys::fi_ops_ep> = Table(sys::fi_ops_ep {
     size: size_of::<sys::fi_ops_ep>(),
     cancel: None,
-    getopt: NONE,
+    getopt: None,
     setopt: Some(setopt),
     tx_ctx: NONE,
     rx_ctx: NONE,

@@ -21,6 +21,7 @@ usage: softefa-env [OPTION]... [-- COMMAND [ARGUMENT]...]   print the variables 
   --seed NUMBER      of order and faults (1)
   --gpu WAY          registrations of GPU memory that the host takes: all, dmabuf, pointer, none (all)
   --trace            keep a trace
+  --shm              leave libfabric its shared memory between processes of a host
   --hwloc            also let hwloc see the instance type's machine
 ";
 
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
 struct Options {
     set: Vec<(&'static str, String)>,
     with_hwloc: bool,
+    with_shm: bool,
     /// `--` and a command, or `counters`, or `trace` and a file.
     rest: Vec<String>,
 }
@@ -58,6 +60,10 @@ impl Options {
                 "--gpu" => "SOFTEFA_GPU",
                 "--trace" => {
                     options.set.push(("SOFTEFA_TRACE", "1".to_owned()));
+                    continue;
+                }
+                "--shm" => {
+                    options.with_shm = true;
                     continue;
                 }
                 "--hwloc" => {
@@ -94,12 +100,12 @@ fn run(arguments: Vec<String>) -> Result<(), String> {
         }
         ["counters"] => print_counters(&options.config()?),
         [] => {
-            for (name, value) in variables(&options.config()?, options.with_hwloc)? {
+            for (name, value) in variables(&options.config()?, &options)? {
                 println!("export {name}='{}'", value.replace('\'', r"'\''"));
             }
         }
         ["--", command, arguments @ ..] => {
-            let variables = variables(&options.config()?, options.with_hwloc)?;
+            let variables = variables(&options.config()?, &options)?;
             let error = Command::new(command).args(arguments).envs(variables).exec();
             return Err(format!("{command}: {error}\n"));
         }
@@ -109,7 +115,7 @@ fn run(arguments: Vec<String>) -> Result<(), String> {
 }
 
 /// Everything that a program of this host needs; writes the files that it will look for.
-fn variables(config: &Config, with_hwloc: bool) -> Result<Vec<(String, String)>, String> {
+fn variables(config: &Config, options: &Options) -> Result<Vec<(String, String)>, String> {
     let failed = |error: std::io::Error| format!("{}: {error}\n", config.dir.display());
     sysfs::create(config).map_err(failed)?;
     let library = install::library_dir().map_err(|error| format!("{error}\n"))?;
@@ -119,8 +125,6 @@ fn variables(config: &Config, with_hwloc: bool) -> Result<Vec<(String, String)>,
     let mut variables = vec![
         ("LD_LIBRARY_PATH", format!("{}{path}", library.display())),
         ("SYSFS_PATH", config.sysfs().display().to_string()),
-        // Two hosts of one machine share /dev/shm, and killed programs leave libfabric's files there.
-        ("FI_EFA_ENABLE_SHM_TRANSFER", "0".to_owned()),
         ("SOFTEFA_DIR", config.dir.display().to_string()),
         ("SOFTEFA_HOST", config.host.clone()),
         ("SOFTEFA_DEVICES", names.join(",")),
@@ -130,7 +134,11 @@ fn variables(config: &Config, with_hwloc: bool) -> Result<Vec<(String, String)>,
         ("SOFTEFA_TOPOLOGY", config.topology_name.clone()),
         ("SOFTEFA_GPU", config.gpu.name().to_owned()),
     ];
-    if with_hwloc {
+    if !options.with_shm {
+        // Two hosts of one machine share /dev/shm, and killed programs leave libfabric's files there.
+        variables.push(("FI_EFA_ENABLE_SHM_TRANSFER", "0".to_owned()));
+    }
+    if options.with_hwloc {
         let file = config.dir.join("hosts").join(&config.host).join("hwloc.xml");
         std::fs::write(&file, hwloc::xml(&config.topology)).map_err(failed)?;
         variables.push(("HWLOC_XMLFILE", file.display().to_string()));

@@ -41,7 +41,8 @@ pub struct Engine {
     /// Its configuration.
     pub config: &'static Config,
     mailbox: Arc<Mapping<Mailbox>>,
-    inbox: Mutex<Vec<(Arc<QueuePair>, WorkRequest)>>,
+    /// What was posted, one entry for each ring of a doorbell.
+    inbox: Mutex<Vec<(Arc<QueuePair>, Vec<WorkRequest>)>>,
     inbox_length: AtomicUsize,
     state: Mutex<State>,
     /// The bell as it was before the last drive.
@@ -123,7 +124,7 @@ impl Engine {
     pub fn post(&self, qp: &Arc<QueuePair>, requests: Vec<WorkRequest>) {
         {
             let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-            inbox.extend(requests.into_iter().map(|request| (Arc::clone(qp), request)));
+            inbox.push((Arc::clone(qp), requests));
             self.inbox_length.store(inbox.len(), Ordering::SeqCst);
         }
         self.drive();
@@ -180,8 +181,8 @@ impl Engine {
             self.inbox_length.store(0, Ordering::SeqCst);
             std::mem::take(&mut *inbox)
         };
-        for (qp, request) in posted {
-            state.begin(&qp, request);
+        for (qp, requests) in posted {
+            state.ring(&qp, requests);
         }
         state.receive_messages();
         state.run_due();

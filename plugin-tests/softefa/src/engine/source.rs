@@ -129,8 +129,19 @@ pub(super) fn packets(bytes: u64) -> u64 {
 }
 
 impl State {
+    /// A doorbell rang: takes over what was posted before it.
+    pub(super) fn ring(&mut self, qp: &Arc<QueuePair>, requests: Vec<WorkRequest>) {
+        self.with_counters(qp, |counters| {
+            add(&counters.softefa_doorbells, 1);
+            add(&counters.softefa_posted_wrs, requests.len() as u64);
+        });
+        for request in requests {
+            self.begin(qp, request);
+        }
+    }
+
     /// Takes over a posted work request.
-    pub(super) fn begin(&mut self, qp: &Arc<QueuePair>, request: WorkRequest) {
+    fn begin(&mut self, qp: &Arc<QueuePair>, request: WorkRequest) {
         let device = &self.config.devices[qp.attributes.device];
         let destination = request.destination.unwrap_or(ibv_gid { raw: [0; 16] });
         let mut flight = Box::new(Flight {
@@ -401,7 +412,7 @@ impl State {
             qp: flight.qp,
         };
         if wait_us == 0 {
-            Self::show(completion);
+            self.show(completion);
         } else {
             self.at(now_ns() + wait_us * MICROSECOND_NS, Event::Complete(completion));
         }

@@ -12,6 +12,7 @@ use super::target::{Arrival, Transfer};
 use crate::abi::verbs::ibv_gid;
 use crate::config::Config;
 use crate::control::{Control, Dice, Effects};
+use crate::counters::add;
 use crate::memory::{AddressHandles, Registrations};
 use crate::queue::cq::Completion;
 use crate::queue::qp::QueuePair;
@@ -20,7 +21,7 @@ use crate::shm::device::{self, DeviceTable};
 use crate::shm::mailbox::Mailbox;
 use crate::shm::process::ProcessId;
 use crate::status::Op;
-use crate::trace::now_ns;
+use crate::trace::{Event as Trace, now_ns};
 
 /// How soon the engine tries again what had no room.
 const RETRY_NS: u64 = 50_000;
@@ -224,20 +225,23 @@ impl State {
             match due.event {
                 Event::Transmit(flight) if flight.is_live() => self.transmit(flight),
                 Event::GiveUp(flight) if flight.is_live() => self.give_up(flight),
-                Event::Complete(completion) => Self::show(completion),
+                Event::Complete(completion) => self.show(completion),
                 Event::Transmit(_) | Event::GiveUp(_) => {}
             }
         }
     }
 
-    /// Puts a completion where its caller finds it.
-    pub(super) fn show(completion: Completion) {
+    /// Puts a completion where its caller finds it; it is lost if its queue is full.
+    pub(super) fn show(&self, completion: Completion) {
         if completion.qp.destroyed.load(Ordering::Acquire) {
             return;
         }
         let attributes = &completion.qp.attributes;
         let queue = if completion.receive { &attributes.receive_cq } else { &attributes.send_cq };
-        Arc::clone(queue).push(completion);
+        if let Err(lost) = Arc::clone(queue).push(completion) {
+            lost.note(Trace::Overrun);
+            self.with_counters(&lost.qp, |counters| add(&counters.softefa_cq_overruns, 1));
+        }
     }
 
     /// When the engine must run again by itself, in nanoseconds; `u64::MAX` is never.

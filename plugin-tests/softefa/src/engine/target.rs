@@ -25,7 +25,7 @@ const PIECE_BYTES_MIN: u64 = 8192;
 /// Largest piece, which bounds how long the engine's lock is held.
 const PIECE_BYTES_MAX: u64 = 256 * 1024;
 
-/// A message that waits for room in the completion queue of its receiver.
+/// A read that waits for room to copy what it asks for.
 pub struct Arrival {
     peer: ProcessId,
     message: Message,
@@ -212,11 +212,6 @@ impl State {
             return;
         };
         let has_immediate = message.flags & 1 != 0;
-        let needs_completion = op == Op::Send || (op == Op::Write && has_immediate);
-        if needs_completion && !qp.attributes.receive_cq.has_room() {
-            self.arrivals.push_back(Arrival { peer, message });
-            return;
-        }
         note(&qp, Trace::Arrive, &message, Status::OK);
         let effects = self.effects(&message.source(), &message.destination(), op, has_immediate);
         let result = match op {
@@ -491,7 +486,7 @@ impl State {
         if dice.percent(effects.hold_pct) && effects.reorder_us > 0 {
             self.at(now_ns() + dice.below(effects.reorder_us + 1) * 1000, Event::Complete(completion));
         } else {
-            Self::show(completion);
+            self.show(completion);
         }
     }
 
@@ -512,7 +507,7 @@ impl State {
         }
     }
 
-    fn with_counters(&self, qp: &QueuePair, work: impl FnOnce(&crate::counters::Counters)) {
+    pub(super) fn with_counters(&self, qp: &QueuePair, work: impl FnOnce(&crate::counters::Counters)) {
         if let Some(device) = self.devices.get(&qp.attributes.device) {
             work(&device.table.counters);
         }

@@ -9,7 +9,7 @@ use crate::abi::efadv::{efadv_cq, efadv_cq_init_attr};
 use crate::abi::verbs as v;
 use crate::engine::Engine;
 use crate::memory::NO_ADDRESS_HANDLE;
-use crate::queue::cq::{Completion, CompletionQueue, EventPipe};
+use crate::queue::cq::{Completion, CompletionQueue, ENTRIES_MAX, EventPipe};
 use crate::status::{Op, Status};
 use crate::trace::{self, Event, Record};
 
@@ -77,12 +77,16 @@ pub unsafe extern "C" fn softefa_ibv_get_cq_event(
 #[unsafe(no_mangle)]
 pub extern "C" fn softefa_ibv_ack_cq_events(_queue: *mut v::ibv_cq, _events: u32) {}
 
+/// A queue for `entries`; more than the device has is EINVAL.
 fn create(
     context: *mut v::ibv_context,
     entries: u32,
     cq_context: *mut c_void,
     channel: *mut v::ibv_comp_channel,
 ) -> *mut Queue {
+    if entries > ENTRIES_MAX {
+        return fail(libc::EINVAL);
+    }
     let pipe = if channel.is_null() {
         None
     } else {
@@ -212,16 +216,7 @@ unsafe fn advance(queue: *mut v::ibv_cq_ex) -> c_int {
     } else {
         completion.qp.release_send();
     }
-    let record = Record {
-        peer_qpn: completion.source_qpn,
-        op: completion.op as u8,
-        status: completion.status.0,
-        id: completion.id,
-        length: u64::from(completion.length),
-        extra: completion.immediate.unwrap_or_default(),
-        ..Record::default()
-    };
-    completion.qp.note(Event::Poll, record);
+    completion.note(Event::Poll);
     handle.verbs.status = completion.status.verbs();
     handle.verbs.wr_id = completion.id;
     handle.current = Some(completion);

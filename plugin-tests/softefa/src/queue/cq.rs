@@ -10,8 +10,9 @@ use super::lock::SpanLock;
 use super::qp::QueuePair;
 use crate::abi::verbs::ibv_gid;
 use crate::status::{Op, Status};
+use crate::trace::{Event, Record};
 
-/// Most entries of one queue.
+/// Most entries of one queue, a power of two.
 pub const ENTRIES_MAX: u32 = 32_768;
 
 /// An entry.
@@ -45,6 +46,22 @@ pub struct Completion {
 struct Ring {
     entries: VecDeque<Completion>,
     armed: bool,
+}
+
+impl Completion {
+    /// Traces it.
+    pub fn note(&self, event: Event) {
+        let record = Record {
+            peer_qpn: self.source_qpn,
+            op: self.op as u8,
+            status: self.status.0,
+            id: self.id,
+            length: u64::from(self.length),
+            extra: self.immediate.unwrap_or_default(),
+            ..Record::default()
+        };
+        self.qp.note(event, record);
+    }
 }
 
 /// The pipe of a completion channel. One word, the queue's cookie, is one event.
@@ -107,11 +124,11 @@ pub struct CompletionQueue {
 }
 
 impl CompletionQueue {
-    /// A queue that announces to `events`.
+    /// A queue that announces to `events`. It is rounded up to a power of two, as rdma-core does.
     pub fn new(entries: u32, events: Option<Arc<EventPipe>>) -> Self {
         Self {
             polling: SpanLock::default(),
-            capacity: entries.clamp(16, ENTRIES_MAX) as usize,
+            capacity: entries.clamp(16, ENTRIES_MAX).next_power_of_two() as usize,
             ring: Mutex::default(),
             length: AtomicUsize::new(0),
             events,
@@ -124,21 +141,19 @@ impl CompletionQueue {
         self.cookie.store(cookie, Ordering::Relaxed);
     }
 
-    /// Whether the device should start something that ends in an entry here. A real queue that overflows is broken
-    /// for good; here the device waits.
-    pub fn has_room(&self) -> bool {
-        self.length.load(Ordering::Acquire) < self.capacity
-    }
-
-    /// Adds an entry. Entries of send work requests always fit: the send queue bounds them.
-    pub fn push(&self, completion: Completion) {
+    /// Adds an entry; a full queue gives it back, and then nobody will ever see it.
+    pub fn push(&self, completion: Completion) -> Result<(), Completion> {
         let mut ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
+        if ring.entries.len() >= self.capacity {
+            return Err(completion);
+        }
         ring.entries.push_back(completion);
         self.length.store(ring.entries.len(), Ordering::Release);
         if ring.armed {
             ring.armed = false;
             self.announce();
         }
+        Ok(())
     }
 
     /// Takes the oldest entry.

@@ -215,6 +215,11 @@ impl Peer {
         self.name = self.ask(&format!("open {device} {fabric}"));
     }
 
+    /// The same, with so many entries in the completion queue.
+    pub fn open_with(&mut self, device: usize, fabric: &str, cq_entries: usize) {
+        self.name = self.ask(&format!("open {device} {fabric} {cq_entries}"));
+    }
+
     pub fn connect(&mut self, peer: &Self) {
         self.ask(&format!("connect {}", peer.name));
     }

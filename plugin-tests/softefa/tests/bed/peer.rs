@@ -1,7 +1,7 @@
 //! One end of a test: does what it reads from its input, a command a line, and answers each with a line after `> `.
 //!
 //! ```text
-//! open DEVICE FABRIC            -> ok NAME-IN-HEX
+//! open DEVICE FABRIC [CQ-ENTRIES]        -> ok NAME-IN-HEX
 //! connect NAME-IN-HEX           -> ok
 //! buffer LENGTH                 -> ok KEY BASE              buffers and peers are numbered from 0
 //! free BUFFER                   -> ok      deregisters and frees it; a small one takes its number
@@ -11,6 +11,7 @@
 //! send PEER BUFFER OFFSET LENGTH IMM|-
 //! write PEER BUFFER OFFSET LENGTH KEY ADDRESS IMM|-
 //! read PEER BUFFER OFFSET LENGTH KEY ADDRESS       -> ok     all three when posted
+//! batch COUNT PEER BUFFER OFFSET LENGTH KEY ADDRESS -> ok     so many such writes, all but the last with FI_MORE
 //! recv BUFFER OFFSET LENGTH     -> ok
 //! wait SENT ARRIVED MS          -> ok SENT ARRIVED what has completed since the last wait, each as
 //!                                  `t:PROVIDER-ERROR` or `r:IMM:LENGTH:PROVIDER-ERROR`
@@ -27,8 +28,9 @@ use std::time::{Duration, Instant};
 
 use nixl_libfabric::fabric::{
     Completion, Domain, Endpoint, EndpointOptions, Fabric, FabricError, FiAddr, Hmem, Libfabric, MemoryRange,
-    MemoryRegion, Posted, Query, Recv, RegisteredBuffer, Rma, RmaFlags, Send,
+    MemoryRegion, Posted, Query, Recv, RegisteredBuffer, RmaList, Send, Slice, Way,
 };
+use nixl_libfabric::types::Op;
 
 use super::gpu::{Gpu, Kind};
 
@@ -46,6 +48,7 @@ struct Side {
     peers: Vec<FiAddr>,
     done: Vec<Completion>,
     next_context: u32,
+    next_share: u32,
 }
 
 type Answer = Result<String, String>;
@@ -57,10 +60,12 @@ pub fn run() {
         let line = line.expect("input");
         let words: Vec<&str> = line.split_whitespace().collect();
         let answer = match (words.as_slice(), &mut side) {
-            (["open", device, fabric], none) => open(device, fabric).map(|(new, name)| {
-                *none = Some(new);
-                name
-            }),
+            (["open", device, fabric, rest @ ..], none) => {
+                open(device, fabric, rest.first()).map(|(new, name)| {
+                    *none = Some(new);
+                    name
+                })
+            }
             (words, Some(side)) => side.command(words),
             _ => Err("open first".to_owned()),
         };
@@ -79,7 +84,7 @@ fn number(word: &str) -> Result<u64, String> {
     word.parse().map_err(|_| format!("{word} is no number"))
 }
 
-fn open(device: &str, fabric: &str) -> Result<(Side, String), String> {
+fn open(device: &str, fabric: &str, cq_entries: Option<&&str>) -> Result<(Side, String), String> {
     let path = std::env::var_os("PEER_LIBFABRIC");
     let library = Libfabric::load(path.as_deref().map(std::path::Path::new)).map_err(text)?;
     let query = Query { provider: Some("efa".into()), fabric: Some(fabric.into()), ..Query::default() };
@@ -87,14 +92,16 @@ fn open(device: &str, fabric: &str) -> Result<(Side, String), String> {
     let device = devices.get(number(device)? as usize).ok_or(format!("{} devices", devices.len()))?;
     let fabric = Fabric::open(&library, device).map_err(text)?;
     let domain = Domain::open(&fabric, device).map_err(text)?;
-    let options = EndpointOptions { context_count: CONTEXTS, ..EndpointOptions::default() };
+    let cq_entries = cq_entries.map_or(Ok(0), |entries| number(entries))? as usize;
+    let options =
+        EndpointOptions { buffers: CONTEXTS, operations: CONTEXTS, cq_entries, ..EndpointOptions::default() };
     let endpoint = Endpoint::open(&domain, device, &options).map_err(text)?;
     let name = endpoint.name().map_err(text)?.iter().fold(String::new(), |mut hex, byte| {
         write!(hex, "{byte:02x}").expect("string");
         hex
     });
     let (buffers, peers, done) = (Vec::new(), Vec::new(), Vec::new());
-    Ok((Side { endpoint, buffers, gpu: None, domain, peers, done, next_context: 0 }, name))
+    Ok((Side { endpoint, buffers, gpu: None, domain, peers, done, next_context: 0, next_share: 0 }, name))
 }
 
 /// The byte that a buffer filled with `seed` has at `index`.
@@ -163,10 +170,14 @@ impl Side {
                 })
             }
             ["write", peer, buffer, offset, length, key, address, imm] => {
-                self.rma(true, [peer, buffer, offset, length, key, address], imm.parse().ok())
+                self.rma(Op::Write, 1, [peer, buffer, offset, length, key, address], imm.parse().ok())
+            }
+            ["batch", count, peer, buffer, offset, length, key, address] => {
+                let count = number(count)? as usize;
+                self.rma(Op::Write, count, [peer, buffer, offset, length, key, address], None)
             }
             ["read", peer, buffer, offset, length, key, address] => {
-                self.rma(false, [peer, buffer, offset, length, key, address], None)
+                self.rma(Op::Read, 1, [peer, buffer, offset, length, key, address], None)
             }
             ["wait", sent, arrived, limit] => {
                 self.wait(number(sent)? as usize, number(arrived)? as usize, number(limit)?)
@@ -198,34 +209,41 @@ impl Side {
         }
     }
 
-    fn rma(&mut self, write: bool, words: [&str; 6], imm: Option<u32>) -> Answer {
+    /// Posts so many operations alike, as one batch where there are several.
+    fn rma(&mut self, op: Op, count: usize, words: [&str; 6], imm: Option<u32>) -> Answer {
         let mut numbers = [0; 6];
         for (number_of, word) in numbers.iter_mut().zip(words) {
             *number_of = if word == "gpu" { 0 } else { number(word)? };
         }
-        let [peer, buffer, offset, len, remote_key, remote_addr] = numbers;
-        let (dest, is_gpu) = (self.peers[peer as usize], words[1] == "gpu");
-        self.post(|side, context| {
-            let (local, local_addr) = match &side.gpu {
-                Some((region, address, _)) if is_gpu => (region, address + offset),
-                _ => {
-                    let buffer = &side.buffers[buffer as usize];
-                    (buffer.region(), buffer.addr_of(offset as usize))
-                }
-            };
-            let rma = Rma {
-                local,
-                local_addr,
-                len: len as usize,
-                remote_addr,
-                remote_key,
-                dest,
-                imm,
-                context,
-                flags: RmaFlags::default(),
-            };
-            if write { side.endpoint.write(&rma) } else { side.endpoint.read(&rma) }
-        })
+        let [peer, buffer, offset, len, key, remote_addr] = numbers;
+        let dest = self.peers[peer as usize];
+        let (region, local_addr) = match &self.gpu {
+            Some((region, address, _)) if words[1] == "gpu" => (region.clone(), address + offset),
+            _ => {
+                let buffer = &self.buffers[buffer as usize];
+                (buffer.region().clone(), buffer.addr_of(offset as usize))
+            }
+        };
+        let slices = vec![Slice { local_addr, remote_addr, len: len as u32, pair: 0 }; count];
+        let list = Arc::new(RmaList::new(slices, vec![vec![Way { region, key }]]).map_err(text)?);
+        let (share, end) = (self.next_share, list.len());
+        self.next_share += 1;
+        self.endpoint.begin(share, list, 0, dest, imm).map_err(text)?;
+        let start = Instant::now();
+        let mut posted = 0;
+        while posted < end {
+            let outcome = self.endpoint.post_slices(share, op, posted..end, end, count > 1);
+            posted += outcome.count;
+            if let Some(Err(error)) = outcome.stopped {
+                return Err(text(error));
+            }
+            self.endpoint.poll(&mut self.done).map_err(text)?;
+            if start.elapsed() > POST_MAX {
+                return Err("again and again".to_owned());
+            }
+        }
+        self.endpoint.end(share);
+        Ok(String::new())
     }
 
     fn post(&mut self, post: impl Fn(&mut Self, u32) -> Result<Posted, FabricError>) -> Answer {
@@ -245,27 +263,14 @@ impl Side {
         let start = Instant::now();
         loop {
             self.endpoint.poll(&mut self.done).map_err(text)?;
-            let ours = self.done.iter().filter(|done| is_ours(done)).count();
-            if ours >= sent && self.done.len() - ours >= arrived {
-                break;
-            }
-            if start.elapsed() > Duration::from_millis(limit_ms) {
-                break;
-            }
-        }
-        let done = std::mem::take(&mut self.done);
-        let ours = done.iter().filter(|done| is_ours(done)).count();
-        let mut answer = format!("{ours} {}", done.len() - ours);
-        for entry in &done {
-            let error = entry.error.as_ref().map_or(0, |error| error.prov_code);
-            if is_ours(entry) {
-                write!(answer, " t:{error}").expect("string");
-            } else {
-                let imm = entry.imm.map_or(-1, i64::from);
-                write!(answer, " r:{imm}:{}:{error}", entry.len).expect("string");
+            let said = said(&self.done);
+            let ours = said.iter().filter(|word| word.starts_with('t')).count();
+            let over = start.elapsed() > Duration::from_millis(limit_ms);
+            if over || (ours >= sent && said.len() - ours >= arrived) {
+                self.done.clear();
+                return Ok(format!("{ours} {} {}", said.len() - ours, said.join(" ")));
             }
         }
-        Ok(answer)
     }
 
     fn sleep(&mut self, limit_ms: u64) -> Answer {
@@ -283,7 +288,23 @@ impl Side {
     }
 }
 
-/// A failed operation without flags is one of ours as well: receives that fail say so.
-fn is_ours(done: &Completion) -> bool {
-    !done.is_recv() && !done.is_remote_write()
+/// What has completed, a word each. Of a peer's write the length is not told.
+fn said(done: &[Completion]) -> Vec<String> {
+    let mut words = Vec::new();
+    for entry in done {
+        let (word, count) = match entry {
+            Completion::Moved { count, .. } => ("t:0".to_owned(), *count),
+            Completion::MoveFailed { error, .. } => (format!("t:{}", error.prov_code), 1),
+            Completion::Sent { error, .. } => {
+                (format!("t:{}", error.as_ref().map_or(0, |error| error.prov_code)), 1)
+            }
+            Completion::Received { len, imm, .. } => (format!("r:{}:{len}:0", imm.map_or(-1, i64::from)), 1),
+            Completion::Landed { imm, count, .. } => (format!("r:{imm}:0:0"), *count),
+            Completion::ReceiveFailed { error, .. } | Completion::Foreign { error } => {
+                (format!("r:-1:0:{}", error.prov_code), 1)
+            }
+        };
+        words.extend((0..count).map(|_| word.clone()));
+    }
+    words
 }
