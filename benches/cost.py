@@ -1,0 +1,228 @@
+"""Instructions for each descriptor, counted by callgrind: ours and NIXL's own LIBFABRIC plugin. Run by `make cost`.
+
+benches/cost/driver.cpp opens two engines of a plugin in one process and drives them in turn by one thread; callgrind writes a
+profile for each phase of each transfer, benches/cost/profiles.py reads them, and this file runs and compares. Method and
+results: benches/README.md.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "plugin-tests" / "e2e"))
+sys.path.insert(0, str(ROOT / "benches" / "cost"))
+
+from bed.networks import OneHost  # noqa: E402
+from bed.places import NEWEST_LIBFABRIC, NIXL_VERSIONS, TARGET, Host  # noqa: E402
+
+import profiles  # noqa: E402
+
+DRIVER = TARGET / "bench" / "cost-driver"
+RUN_DEADLINE_S = 600
+# As many as the driver makes in one idle phase.
+IDLE_CALLS = 1000
+PARTS = ("plugin", "libraries", "libfabric")
+# Row of the table, and the phases of the driver that it adds up.
+ROWS = [
+    ("prepare", ["shuffled prepare"]),
+    ("prepare, contiguous", ["contiguous prepare"]),
+    ("post", ["shuffled post"]),
+    ("complete", ["shuffled complete"]),
+    ("**post + complete**", ["shuffled post", "shuffled complete"]),
+    ("**receive**", ["shuffled receive"]),
+    ("release", ["shuffled release"]),
+]
+IDLE_ROWS = [("getNotifs, idle", 0, "none idle look"), ("checkXfer, done", None, "shuffled idle check")]
+FUNCTION_PHASES = ("shuffled prepare", "shuffled post", "shuffled complete", "shuffled receive")
+FUNCTIONS_SHOWN = 12
+NAME_SHOWN = 80
+
+
+def build_driver():
+    if not shutil.which("valgrind"):
+        raise SystemExit("cost: no valgrind here: install the package valgrind, which also brings valgrind/callgrind.h")
+    DRIVER.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run(
+        [os.environ.get("CXX", "c++"), "-std=c++17", "-O2", "-g1", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'include'}",
+         "-o", DRIVER, ROOT / "benches" / "cost" / "driver.cpp", "-ldl", "-pthread"], check=True)
+
+
+def plugin_file(plugin):
+    """`ours`, `stock`, or a folder with another build of ours."""
+    if plugin == "stock":
+        folder = TARGET / "nixl" / NIXL_VERSIONS[0] / ".nixl_cu12.mesonpy.libs" / "plugins"
+    else:
+        folder = Path(os.environ.get("PLUGIN_DIR", TARGET / "plugins") if plugin == "ours" else plugin)
+    path = folder.resolve() / "libplugin_LIBFABRIC.so"
+    if not path.is_file():
+        raise SystemExit(f"cost: there is no {path}; --plugin takes ours, stock, or a folder with libplugin_LIBFABRIC.so")
+    return path
+
+
+def measure(plugin, rails, counts, folder):
+    """{(descriptors, "list phase"): {turn: profile}}."""
+    network = OneHost(links=rails)
+    host = Host("stock" if plugin == "stock" else "ours", extra=(("NIXL_LOG_LEVEL", "ERROR"), ("FI_PROVIDER", "tcp")))
+    command = [
+        *network.space(0).enter(), "valgrind", "--tool=callgrind", "--quiet", "--instr-atstart=no",
+        f"--callgrind-out-file={folder / 'out'}", str(DRIVER), str(plugin_file(plugin)),
+        *(["-o", "devices=eth*"] if rails > 1 else []), *map(str, counts),
+    ]
+    try:
+        done = subprocess.run(command, env=host.environment(), timeout=RUN_DEADLINE_S, capture_output=True, text=True)
+    finally:
+        network.close()
+    if done.returncode != 0:
+        raise SystemExit(f"cost: {plugin}, {rails} rails: the driver ended with {done.returncode}\n{done.stderr}")
+    connections = int(done.stdout.split()[1])
+    if connections < rails:
+        raise SystemExit(f"cost: {plugin}: {connections} connections where {rails} rails were wanted")
+    found = defaultdict(lambda: defaultdict(profiles.Profile))
+    for file in folder.glob("out.*"):
+        label, profile = profiles.read(file)
+        if label:
+            count, phase = label.split(" ", 1)
+            phase, turn = phase.rsplit(" ", 1)
+            if turn != "0":  # it warms up
+                found[int(count), phase][turn] += profile
+    return found
+
+
+def figures(found, count, phases, divisor):
+    """For each part the median over turns, and how far apart the plugin's own are."""
+    turns = found[count, phases[0]]
+    totals = [sum((found[count, phase][turn] for phase in phases), profiles.Profile()).parts() for turn in turns]
+    values = {part: statistics.median(total[part] for total in totals) / divisor for part in PARTS}
+    own = [total["plugin"] / divisor for total in totals]
+    return values | {"plugin_least": min(own), "plugin_most": max(own)}
+
+
+def table_of(found, counts):
+    """{(descriptors or "a call", row's name): figures} for one plugin and number of rails."""
+    rows = {
+        (count, name): figures(found, count, phases, count)
+        for count in counts for name, phases in ROWS
+    }
+    for name, count, phase in IDLE_ROWS:
+        rows["a call", name] = figures(found, max(counts) if count is None else count, [phase], IDLE_CALLS)
+    return rows
+
+
+def number(value):
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def cost_table(plugins, tables):
+    yield "| descriptors | phase |" + "".join(f" {plugin} | its libraries | libfabric |" for plugin in plugins)
+    yield "|---:|---|" + "---:|---:|---:|" * len(plugins)
+    for number_of, name in dict.fromkeys(key for table in tables.values() for key in table):
+        cells = (
+            number(tables[plugin][number_of, name][part]) if (number_of, name) in tables.get(plugin, {}) else "-"
+            for plugin in plugins for part in PARTS
+        )
+        label = f"{number_of:,}" if isinstance(number_of, int) else number_of
+        yield f"| {label} | {name} | {' | '.join(cells)} |"
+
+
+def function_costs(found, count, phases):
+    """{function of the plugin: {phase: instructions per descriptor}}, the dearest first."""
+    costs = defaultdict(lambda: dict.fromkeys(phases, 0.0))
+    for phase in phases:
+        turns = found[count, phase]
+        for turn in turns.values():
+            for (owner, function), cost in turn.functions.items():
+                if owner == "plugin":
+                    costs[function][phase] += cost / len(turns) / count
+    return dict(sorted(costs.items(), key=lambda item: -sum(item[1].values())))
+
+
+def short(function):
+    """Rust's paths without the crate, C++ names without their parameters; the end of a name says more than its beginning."""
+    name = re.sub(r"nixl_libfabric::|<impl [^<>]*>::", "", function)
+    name = re.sub(r"(\w)\(.*$", r"\1", name).replace("|", " ")
+    return name if len(name) <= NAME_SHOWN else "..." + name[3 - NAME_SHOWN :]
+
+
+def function_table(costs, phases):
+    yield f"| function | {' | '.join(phase.split()[1] for phase in phases)} |"
+    yield "|---|" + "---:|" * len(phases)
+    for function, by_phase in list(costs.items())[:FUNCTIONS_SHOWN]:
+        yield f"| `{short(function)}` | {' | '.join(number(by_phase[phase]) for phase in phases)} |"
+
+
+def report(about, results):
+    """`results`: {rails: {plugin: (table, functions)}}."""
+    yield (f"{about['time']}, {about['processor']}, nixl-cu12 {about['nixl']}, libfabric {about['libfabric']} (tcp, two agents in one "
+           f"process, no progress thread), {about['valgrind']}; instructions per descriptor of 4 KiB, or per call.")
+    for rails, plugins in results.items():
+        yield f"\n### {rails} rail{'s' if rails > 1 else ''}\n"
+        yield from cost_table(list(plugins), {plugin: table for plugin, (table, _) in plugins.items()})
+        for plugin, (_, functions) in plugins.items():
+            yield f"\nFunctions of {plugin}, {about['functions_at']:,} descriptors:\n"
+            yield from function_table(functions, FUNCTION_PHASES)
+
+
+def facts(counts):
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?")
+    version = subprocess.run(["valgrind", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    return {
+        "time": time.strftime("%Y-%m-%d"), "processor": model, "kernel": platform.release(), "valgrind": version,
+        "nixl": NIXL_VERSIONS[0], "libfabric": NEWEST_LIBFABRIC,
+        "functions_at": min(counts, key=lambda count: abs(count - 4096)),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--descriptors", default="1,64,4096,16384", help="lengths of the lists")
+    parser.add_argument("--rails", default="1,32")
+    parser.add_argument("--plugin", default="ours,stock", help="ours, stock, and folders with other builds of ours")
+    parser.add_argument("--keep", action="store_true", help="leave callgrind's files, for callgrind_annotate")
+    parser.add_argument("--out", type=Path, default=TARGET / "bench")
+    chosen = parser.parse_args()
+    counts = [int(count) for count in chosen.descriptors.split(",")]
+    plugins = chosen.plugin.split(",")
+    build_driver()
+    about, results, rows = facts(counts), {}, []
+    for rails in map(int, chosen.rails.split(",")):
+        results[rails] = {}
+        for plugin in plugins:
+            if plugin == "stock" and rails > 1:
+                print("cost: the C++ plugin opens one rail over tcp, whatever interfaces there are: left out", flush=True)
+                continue
+            folder = Path(tempfile.mkdtemp(prefix="cost-"))
+            found = measure(plugin, rails, counts, folder)
+            functions = function_costs(found, about["functions_at"], FUNCTION_PHASES)
+            results[rails][plugin] = table_of(found, counts), functions
+            rows += [
+                {"rails": rails, "plugin": plugin, "descriptors": count, "phase": name.strip("*"), **values}
+                for (count, name), values in results[rails][plugin][0].items()
+            ]
+            rows += [
+                {"rails": rails, "plugin": plugin, "descriptors": about["functions_at"], "function": function, **by_phase}
+                for function, by_phase in functions.items()
+            ]
+            if chosen.keep:
+                print(f"cost: {plugin}, {rails} rails: callgrind's files are in {folder}", flush=True)
+            else:
+                shutil.rmtree(folder)
+    text = "\n".join(report(about, results)) + "\n"
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    (chosen.out / "cost.md").write_text(text)
+    (chosen.out / "cost.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+    print(f"{text}\nwritten to {chosen.out}/cost.md and cost.json")
+
+
+if __name__ == "__main__":
+    main()
