@@ -6,6 +6,7 @@ results: benches/README.md.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -24,12 +25,17 @@ sys.path.insert(0, str(ROOT / "plugin-tests" / "e2e"))
 sys.path.insert(0, str(ROOT / "benches" / "cost"))
 
 from bed.networks import OneHost  # noqa: E402
+from bed.softefa import SoftEfa  # noqa: E402
 from bed.places import NEWEST_LIBFABRIC, NIXL_VERSIONS, TARGET, Host  # noqa: E402
 
 import profiles  # noqa: E402
 
 DRIVER = TARGET / "bench" / "cost-driver"
 RUN_DEADLINE_S = 600
+# The driver's status when a transfer does not end.
+EXIT_DEADLINE = 3
+NETWORKS = ("tcp", "efa")
+PROVIDER = {"tcp": [("FI_PROVIDER", "tcp")], "efa": []}
 # As many as the driver makes in one idle phase.
 IDLE_CALLS = 1000
 PARTS = ("plugin", "libraries", "libfabric")
@@ -44,6 +50,7 @@ ROWS = [
     ("release", ["shuffled release"]),
 ]
 IDLE_ROWS = [("getNotifs, idle", 0, "none idle look"), ("checkXfer, done", None, "shuffled idle check")]
+LAST_PHASE = "contiguous release"
 FUNCTION_PHASES = ("shuffled prepare", "shuffled post", "shuffled complete", "shuffled receive")
 FUNCTIONS_SHOWN = 12
 NAME_SHOWN = 80
@@ -70,23 +77,35 @@ def plugin_file(plugin):
     return path
 
 
-def measure(plugin, rails, counts, folder):
+def network_of(name, rails):
+    if name == "tcp":
+        return OneHost(links=rails)
+    network = SoftEfa(devices=rails, hosts=1)
+    # Both agents are in one process, so on one host.
+    network.control("loopback=1")
+    return network
+
+
+def measure(case, plugin, operation, counts, folder):
     """{(descriptors, "list phase"): {turn: profile}}."""
-    network = OneHost(links=rails)
-    host = Host("stock" if plugin == "stock" else "ours", extra=(("NIXL_LOG_LEVEL", "ERROR"), ("FI_PROVIDER", "tcp")))
+    name, rails = case
+    network = network_of(name, rails)
+    host = Host("stock" if plugin == "stock" else "ours", extra=(("NIXL_LOG_LEVEL", "FATAL"), *PROVIDER[name]))
     command = [
         *network.space(0).enter(), "valgrind", "--tool=callgrind", "--quiet", "--instr-atstart=no",
         f"--callgrind-out-file={folder / 'out'}", str(DRIVER), str(plugin_file(plugin)),
-        *(["-o", "devices=eth*"] if rails > 1 else []), *map(str, counts),
+        *(["-o", "devices=eth*"] if name == "tcp" and rails > 1 else []), operation, *map(str, counts),
     ]
     try:
         done = subprocess.run(command, env=host.environment(), timeout=RUN_DEADLINE_S, capture_output=True, text=True)
     finally:
         network.close()
-    if done.returncode != 0:
-        raise SystemExit(f"cost: {plugin}, {rails} rails: the driver ended with {done.returncode}\n{done.stderr}")
+    if done.returncode == EXIT_DEADLINE:
+        print(f"cost: {plugin}, {name}, {rails} rails: a transfer did not end; what came after it is left out", flush=True)
+    elif done.returncode != 0:
+        raise SystemExit(f"cost: {plugin}, {name}, {rails} rails: the driver ended with {done.returncode}\n{done.stderr}")
     connections = int(done.stdout.split()[1])
-    if connections < rails:
+    if name == "tcp" and connections < rails:
         raise SystemExit(f"cost: {plugin}: {connections} connections where {rails} rails were wanted")
     found = defaultdict(lambda: defaultdict(profiles.Profile))
     for file in folder.glob("out.*"):
@@ -110,12 +129,12 @@ def figures(found, count, phases, divisor):
 
 def table_of(found, counts):
     """{(descriptors or "a call", row's name): figures} for one plugin and number of rails."""
-    rows = {
-        (count, name): figures(found, count, phases, count)
-        for count in counts for name, phases in ROWS
-    }
+    # A transfer that did not end leaves a turn without its last phase.
+    whole = [count for count in counts if 0 < len(found[count, LAST_PHASE]) == len(found[count, ROWS[0][1][0]])]
+    rows = {(count, name): figures(found, count, phases, count) for count in whole for name, phases in ROWS}
     for name, count, phase in IDLE_ROWS:
-        rows["a call", name] = figures(found, max(counts) if count is None else count, [phase], IDLE_CALLS)
+        if count is not None or whole:
+            rows["a call", name] = figures(found, whole[0] if count is None else count, [phase], IDLE_CALLS)
     return rows
 
 
@@ -162,59 +181,63 @@ def function_table(costs, phases):
 
 
 def report(about, results):
-    """`results`: {rails: {plugin: (table, functions)}}."""
-    yield (f"{about['time']}, {about['processor']}, nixl-cu12 {about['nixl']}, libfabric {about['libfabric']} (tcp, two agents in one "
-           f"process, no progress thread), {about['valgrind']}; instructions per descriptor of 4 KiB, or per call.")
-    for rails, plugins in results.items():
-        yield f"\n### {rails} rail{'s' if rails > 1 else ''}\n"
+    """`results`: {(network, rails): {plugin: (table, functions)}}."""
+    yield (f"{about['time']}, {about['processor']}, nixl-cu12 {about['nixl']}, libfabric {about['libfabric']}, {about['valgrind']}; "
+           f"{about['operation'].upper()}, instructions per descriptor of 4 KiB, or per call.")
+    for (network, rails), plugins in results.items():
+        yield f"\n### {network}, {rails} rail{'s' if rails > 1 else ''}\n"
         yield from cost_table(list(plugins), {plugin: table for plugin, (table, _) in plugins.items()})
         for plugin, (_, functions) in plugins.items():
             yield f"\nFunctions of {plugin}, {about['functions_at']:,} descriptors:\n"
             yield from function_table(functions, FUNCTION_PHASES)
 
 
-def facts(counts):
+def facts(operation, counts):
     model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?")
     version = subprocess.run(["valgrind", "--version"], capture_output=True, text=True, check=True).stdout.strip()
     return {
         "time": time.strftime("%Y-%m-%d"), "processor": model, "kernel": platform.release(), "valgrind": version,
-        "nixl": NIXL_VERSIONS[0], "libfabric": NEWEST_LIBFABRIC,
+        "nixl": NIXL_VERSIONS[0], "libfabric": NEWEST_LIBFABRIC, "operation": operation,
         "functions_at": min(counts, key=lambda count: abs(count - 4096)),
     }
+
+
+def rows_of(case, plugin, about, table, functions):
+    """What goes into the JSON file."""
+    start = {"network": case[0], "rails": case[1], "plugin": plugin}
+    for (count, name), values in table.items():
+        yield start | {"descriptors": count, "phase": name.strip("*")} | values
+    for function, by_phase in functions.items():
+        yield start | {"descriptors": about["functions_at"], "function": function} | by_phase
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--descriptors", default="1,64,4096,16384", help="lengths of the lists")
     parser.add_argument("--rails", default="1,32")
+    parser.add_argument("--network", default=",".join(NETWORKS), help="tcp: interfaces; efa: software EFA devices")
+    parser.add_argument("--operation", choices=("write", "read"), default="write")
     parser.add_argument("--plugin", default="ours,stock", help="ours, stock, and folders with other builds of ours")
     parser.add_argument("--keep", action="store_true", help="leave callgrind's files, for callgrind_annotate")
     parser.add_argument("--out", type=Path, default=TARGET / "bench")
     chosen = parser.parse_args()
     counts = [int(count) for count in chosen.descriptors.split(",")]
-    plugins = chosen.plugin.split(",")
     build_driver()
-    about, results, rows = facts(counts), {}, []
-    for rails in map(int, chosen.rails.split(",")):
-        results[rails] = {}
-        for plugin in plugins:
-            if plugin == "stock" and rails > 1:
-                print("cost: the C++ plugin opens one rail over tcp, whatever interfaces there are: left out", flush=True)
+    about, results, rows = facts(chosen.operation, counts), {}, []
+    for case in itertools.product(chosen.network.split(","), map(int, chosen.rails.split(","))):
+        results[case] = {}
+        for plugin in chosen.plugin.split(","):
+            if plugin == "stock" and case[0] == "tcp" and case[1] > 1:
+                print("cost: over tcp the C++ plugin opens one rail, whatever interfaces there are: left out", flush=True)
                 continue
+            print(f"cost: {plugin}, {case[0]}, {case[1]} rails", flush=True)
             folder = Path(tempfile.mkdtemp(prefix="cost-"))
-            found = measure(plugin, rails, counts, folder)
+            found = measure(case, plugin, chosen.operation, counts, folder)
             functions = function_costs(found, about["functions_at"], FUNCTION_PHASES)
-            results[rails][plugin] = table_of(found, counts), functions
-            rows += [
-                {"rails": rails, "plugin": plugin, "descriptors": count, "phase": name.strip("*"), **values}
-                for (count, name), values in results[rails][plugin][0].items()
-            ]
-            rows += [
-                {"rails": rails, "plugin": plugin, "descriptors": about["functions_at"], "function": function, **by_phase}
-                for function, by_phase in functions.items()
-            ]
+            results[case][plugin] = table_of(found, counts), functions
+            rows += rows_of(case, plugin, about, *results[case][plugin])
             if chosen.keep:
-                print(f"cost: {plugin}, {rails} rails: callgrind's files are in {folder}", flush=True)
+                print(f"cost: callgrind's files are in {folder}", flush=True)
             else:
                 shutil.rmtree(folder)
     text = "\n".join(report(about, results)) + "\n"

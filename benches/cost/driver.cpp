@@ -2,10 +2,11 @@
 // happens between them happens in the same order in every run. Callgrind writes one file for each phase of each transfer, and
 // the phase is the file's label. It calls the plugin as NIXL's core does, without the core.
 //
-// driver PLUGIN.so [-o OPTION=VALUE]... DESCRIPTORS...
+// driver PLUGIN.so [-o OPTION=VALUE]... read|write DESCRIPTORS...
 
 #include <algorithm>
 #include <atomic>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -18,6 +19,7 @@
 
 #include <dlfcn.h>
 #include <sys/mman.h>
+#include <unistd.h>
 #include <valgrind/callgrind.h>
 
 #include "nixl_backend_abi.h"
@@ -35,7 +37,13 @@ constexpr std::size_t block_bytes = 4096;
 // A transfer that took so many polls will not end.
 constexpr int polls_max = 1'000'000;
 constexpr int idle_calls = 1000;
+// The C++ plugin's post does not return while the peer must poll first, and here the peer cannot.
+constexpr unsigned transfer_deadline_s = 30;
+constexpr int exit_deadline = 3;
 const std::string message(64, 'n');
+
+// What was counted until then is in its files.
+void on_alarm(int) { _exit(exit_deadline); }
 
 [[noreturn]] void fail(const char *what, int status = 0) {
     std::fprintf(stderr, "cost driver: %s (status %d)\n", what, status);
@@ -178,10 +186,11 @@ void fill(List &list, const Side &side, BackendMD *metadata, const std::vector<s
 
 class Bench {
   public:
-    Bench(Side &near, Side &far, BackendMD *remote) : near_(near), far_(far), remote_(remote) {}
+    Bench(Op op, Side &near, Side &far, BackendMD *remote) : op_(op), near_(near), far_(far), remote_(remote) {}
 
     // One transfer from preparation to release. The receiver looks once after each look of the sender.
     void transfer(std::size_t count, bool random, int turn) {
+        alarm(transfer_deadline_s);
         const char *list = random ? "shuffled" : "contiguous";
         List here, there;
         fill(here, near_, near_.region, order(count, random, 1));
@@ -190,12 +199,12 @@ class Bench {
         BackendReqH *request = nullptr;
         {
             Phase phase(count, list, "prepare", turn);
-            must(near_.engine->prepXfer(Op::write, here.get(), there.get(), far_.name, request, &args), "prepXfer");
+            must(near_.engine->prepXfer(op_, here.get(), there.get(), far_.name, request, &args), "prepXfer");
         }
         Status state;
         {
             Phase phase(count, list, "post", turn);
-            state = near_.engine->postXfer(Op::write, here.get(), there.get(), far_.name, request, &args);
+            state = near_.engine->postXfer(op_, here.get(), there.get(), far_.name, request, &args);
         }
         std::size_t received = 0;
         for (int polls = 0; state == Status::in_progress || received == 0; ++polls) {
@@ -238,6 +247,7 @@ class Bench {
   private:
     static const void *pointer(std::uint64_t address) { return reinterpret_cast<const void *>(address); }
 
+    const Op op_;
     Side &near_, &far_;
     BackendMD *remote_;
 };
@@ -258,38 +268,48 @@ int connections() {
 
 int main(int argc, char **argv) {
     nixl_abi::Params options;
+    Op op = Op::write;
     std::vector<std::size_t> counts;
     for (int i = 2; i < argc; ++i) {
         if (std::strcmp(argv[i], "-o") == 0 && i + 1 < argc) {
             const std::string option = argv[++i];
             const auto at = option.find('=');
             options[option.substr(0, at)] = at == std::string::npos ? "" : option.substr(at + 1);
+        } else if (std::strcmp(argv[i], "read") == 0 || std::strcmp(argv[i], "write") == 0) {
+            op = argv[i][0] == 'r' ? Op::read : Op::write;
         } else {
             counts.push_back(std::strtoul(argv[i], nullptr, 10));
         }
     }
     if (counts.empty() || *std::min_element(counts.begin(), counts.end()) == 0) {
-        fail("usage: driver PLUGIN.so [-o OPTION=VALUE]... DESCRIPTORS...");
+        fail("usage: driver PLUGIN.so [-o OPTION=VALUE]... read|write DESCRIPTORS...");
     }
-    const std::size_t bytes = *std::max_element(counts.begin(), counts.end()) * block_bytes;
+    const std::size_t most = *std::max_element(counts.begin(), counts.end());
+    const std::size_t bytes = most * block_bytes;
+    std::signal(SIGALRM, on_alarm);
     const nixl_abi::Plugin &plugin = open_plugin(argv[1]);
     Side near(plugin, "near", options, bytes), far(plugin, "far", options, bytes);
     introduce(near, far);
     introduce(far, near);
-    std::memset(reinterpret_cast<void *>(near.memory), 7, bytes);
+    std::memset(reinterpret_cast<void *>((op == Op::write ? near : far).memory), 7, bytes);
 
     nixl_abi::BlobDesc range = far.range();
     must(far.engine->getPublicData(far.region, range.metaInfo), "getPublicData");
     BackendMD *remote = nullptr;
     must(near.engine->loadRemoteMD(range, Mem::dram, far.name, remote), "loadRemoteMD");
 
-    Bench bench(near, far, remote);
-    // Uncounted: connections are made, buffers grow to their size.
-    for (int i = 0; i < 3; ++i) {
-        bench.transfer(*std::max_element(counts.begin(), counts.end()), true, 0);
+    Bench bench(op, near, far, remote);
+    // Uncounted, until each rail has met its peer. Small ones: the C++ plugin posts in a loop until everything is taken, and the
+    // peer cannot answer a handshake meanwhile.
+    for (int i = 0; i < 64; ++i) {
+        bench.transfer(std::min<std::size_t>(most, 32), true, 0);
     }
     std::printf("connections %d\n", connections());
+    std::fflush(stdout);
     CALLGRIND_START_INSTRUMENTATION;
+    for (int turn = 1; turn < 4; ++turn) {
+        bench.idle(turn);
+    }
     for (const std::size_t count : counts) {
         // Turn 0 is for what the lists' own sizes warm up; nobody reads its files.
         for (int turn = 0; turn <= turns(count); ++turn) {
@@ -297,10 +317,6 @@ int main(int argc, char **argv) {
             bench.transfer(count, false, turn);
         }
     }
-    for (int turn = 0; turn < 3; ++turn) {
-        bench.idle(turn);
-    }
     // What the engines need to close is not measured.
-    std::fflush(stdout);
     std::_Exit(0);
 }
