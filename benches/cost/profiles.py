@@ -23,20 +23,24 @@ def kind(path):
 class Profile:
     """One phase, or the sum of some."""
 
-    # Self cost by (kind of object, function), and what calls from one kind into another cost, all included.
+    # Self cost by (kind of object, function).
     functions: Counter = field(default_factory=Counter)
+    # What calls cost with all that they called, by (kind of the caller, kind of the callee, callee).
     calls: Counter = field(default_factory=Counter)
 
     def __add__(self, other):
         return Profile(self.functions + other.functions, self.calls + other.calls)
+
+    def called(self, caller, callee):
+        return {name: cost for (one, other, name), cost in self.calls.items() if (one, other) == (caller, callee)}
 
     def parts(self):
         """Instructions of the plugin, of the C and C++ libraries for it, of libfabric and all that it calls."""
         own = Counter()
         for (owner, _), cost in self.functions.items():
             own[owner] += cost
-        for_plugin = self.calls["plugin", "system"]
-        rest = own["system"] - for_plugin - self.calls["driver", "system"]
+        for_plugin = sum(self.called("plugin", "system").values())
+        rest = own["system"] - for_plugin - sum(self.called("driver", "system").values())
         return {"plugin": own["plugin"], "libraries": for_plugin, "libfabric": own["libfabric"] + rest}
 
 
@@ -44,7 +48,7 @@ def read(path):
     """The label of the file, and its profile."""
     label, objects, names = "", {}, {}
     here = function = callee_object = callee = None
-    profile, inclusive = Profile(), False
+    profile, inclusive, expected = Profile(), False, 0
 
     def name(table, number, text):
         if text is not None:
@@ -66,13 +70,17 @@ def read(path):
                     function = name(names, number, text)
                 elif key == "cfn":
                     callee = name(names, number, text)
+            elif line.startswith("totals:"):
+                expected = int(line.split()[1])
             elif line.startswith("calls="):
                 inclusive = True
             elif line[:1].isdigit() or line.startswith(("+", "-", "*")):
                 cost = int(line.split()[1])
                 if inclusive:
-                    profile.calls[here, callee_object or here] += cost
-                    inclusive, callee_object, callee = False, None, None
+                    profile.calls[here, callee_object or here, callee] += cost
+                    inclusive, callee_object = False, None
                 else:
                     profile.functions[here, function] += cost
+    if (read_off := sum(profile.functions.values())) != expected:
+        raise ValueError(f"{path}: {read_off} instructions read, callgrind counted {expected}")
     return label, profile
