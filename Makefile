@@ -75,7 +75,7 @@ test-vllm: setup plugin softefa ## vLLM on CPUs, prefill and decode in two engin
 bench: setup plugin ## ours beside the stock plugin and UCX: Markdown and JSON under target/bench
 	$(PYTHON) benches/compare.py $(ARGS)
 
-cost: setup plugin softefa ## instructions per descriptor by callgrind, ours and stock: ARGS="--descriptors 4096 --rails 1 --network tcp"
+cost: setup plugin softefa ## instructions per descriptor by callgrind, ours and stock: ARGS="--networks tcp:1 --descriptors 4096"
 	$(PYTHON) benches/cost.py $(ARGS)
 
 docs: ## the API's documentation, with warnings as errors

@@ -6,7 +6,6 @@ results: benches/README.md.
 """
 
 import argparse
-import itertools
 import json
 import os
 import platform
@@ -34,7 +33,7 @@ DRIVER = TARGET / "bench" / "cost-driver"
 RUN_DEADLINE_S = 600
 # The driver's status when a transfer does not end.
 EXIT_DEADLINE = 3
-NETWORKS = ("tcp", "efa")
+RAILS_MAX = 32
 PROVIDER = {"tcp": [("FI_PROVIDER", "tcp")], "efa": []}
 # As many as the driver makes in one idle phase.
 IDLE_CALLS = 1000
@@ -75,6 +74,13 @@ def plugin_file(plugin):
     if not path.is_file():
         raise SystemExit(f"cost: there is no {path}; --plugin takes ours, stock, or a folder with libplugin_LIBFABRIC.so")
     return path
+
+
+def network_and_rails(text):
+    name, _, rails = text.partition(":")
+    if name not in PROVIDER or not rails.isdigit() or not 1 <= int(rails) <= RAILS_MAX:
+        raise SystemExit(f"cost: --networks: '{text}' is none; {' or '.join(PROVIDER)}, a colon, and 1 to {RAILS_MAX} rails, such as tcp:1")
+    return name, int(rails)
 
 
 def network_of(name, rails):
@@ -217,8 +223,7 @@ def rows_of(case, plugin, about, table, functions):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--descriptors", default="1,64,4096,16384", help="lengths of the lists")
-    parser.add_argument("--rails", default="1,32")
-    parser.add_argument("--network", default=",".join(NETWORKS), help="tcp: interfaces; efa: software EFA devices")
+    parser.add_argument("--networks", default="tcp:1,tcp:32,efa:32", help="interfaces (tcp) or software EFA devices (efa): their number")
     parser.add_argument("--operation", choices=("write", "read"), default="write")
     parser.add_argument("--plugin", default="ours,stock", help="ours, stock, and folders with other builds of ours")
     parser.add_argument("--keep", action="store_true", help="leave callgrind's files, for callgrind_annotate")
@@ -227,7 +232,7 @@ def main():
     counts = [int(count) for count in chosen.descriptors.split(",")]
     build_driver()
     about, results, rows = facts(chosen.operation, counts), {}, []
-    for case in itertools.product(chosen.network.split(","), map(int, chosen.rails.split(","))):
+    for case in map(network_and_rails, chosen.networks.split(",")):
         results[case] = {}
         for plugin in chosen.plugin.split(","):
             if plugin == "stock" and case[0] == "tcp" and case[1] > 1:
