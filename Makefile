@@ -12,7 +12,7 @@ EFA_TESTS := $(patsubst %,plugin-tests/e2e/test_%.py,efa transfer notify release
 EFA_LONG  := seventy or in_each_phase or failed_operation or test_sizes or both_directions or small_descriptors \
              or (progress-off and (unequal_hosts or random_lists or repost or in_flight or first_operation))
 
-.PHONY: help setup plugin softefa install-plugins demo test check unit e2e e2e-core e2e-versions e2e-efa e2e-efa-all soak test-vllm bench docs
+.PHONY: help setup plugin softefa install-plugins demo test check unit e2e e2e-core e2e-versions e2e-efa e2e-efa-all soak test-vllm bench cost docs
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -74,6 +74,9 @@ test-vllm: setup plugin softefa ## vLLM on CPUs, prefill and decode in two engin
 
 bench: setup plugin ## ours beside the stock plugin and UCX: Markdown and JSON under target/bench
 	$(PYTHON) benches/compare.py $(ARGS)
+
+cost: setup plugin softefa ## instructions per descriptor by callgrind, ours and stock: ARGS="--networks tcp:1 --descriptors 4096"
+	$(PYTHON) benches/cost.py $(ARGS)
 
 docs: ## the API's documentation, with warnings as errors
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items
