@@ -1,15 +1,16 @@
 //! The functions of the table: each turns C into Rust, calls one method of the engine, and turns the answer back.
 
 use std::collections::BTreeMap;
-use std::ffi::c_char;
+use std::ffi::{c_char, c_void};
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::guard::{self, Guard};
+use super::layout;
 use super::name;
 use super::types::{
-    BasicDesc, BlobDesc, Bytes, BytesSink, CreateParams, EngineHandle, EngineOps, MemSink, MetaDesc,
-    MetadataHandle, PairSink, QuerySink, RequestHandle, Slice,
+    BasicDesc, BlobDesc, Bytes, BytesSink, CreateParams, EngineHandle, EngineLayout, EngineOps, MemSink,
+    MetaDesc, MetadataHandle, PairSink, QuerySink, RequestHandle, Slice,
 };
 use crate::engine::{Engine, InitParams, Metadata, Request, XferDesc, available_mems};
 use crate::error::{Error, Result, Status};
@@ -22,6 +23,7 @@ pub static OPS: EngineOps = EngineOps {
     plugin_version,
     plugin_options,
     plugin_mems,
+    layout,
     create,
     destroy,
     supported_mems,
@@ -131,6 +133,23 @@ fn without_engine(call: &str, body: impl FnOnce() -> Result<()>) {
         Ok(Err(error)) => log::error!(target: guard::LOG, "{call}: {error}"),
         Err(message) => log::error!(target: guard::LOG, "{call}: the plugin panicked ({message}); report it"),
     }
+}
+
+/// # Safety
+/// As for [`layout::of_process`].
+unsafe extern "C" fn layout(core: *const c_void, init: *const c_void, out: &mut EngineLayout) -> bool {
+    // SAFETY: the caller's word.
+    let found = guard::catch(|| unsafe { layout::of_process(core, init) });
+    let why = match found {
+        Ok(Ok(layout)) => {
+            *out = layout;
+            return true;
+        }
+        Ok(Err(error)) => error.to_string(),
+        Err(message) => format!("the plugin panicked ({message}); report it"),
+    };
+    log::error!(target: guard::LOG, "cannot create the backend: {why}");
+    false
 }
 
 extern "C" fn create(params: &CreateParams) -> Option<Box<EngineHandle>> {

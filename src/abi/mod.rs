@@ -6,8 +6,10 @@
 
 pub mod calls;
 pub mod guard;
+pub mod layout;
 mod name;
 pub mod types;
+pub mod vtable;
 
 use std::ffi::c_void;
 
