@@ -178,7 +178,7 @@ fn open_rail(
         // A software provider queues in memory what a NIC would not take, and its peer answers when the scheduler
         // lets it: the deeper the queue, the fewer turns a transfer takes.
         operations_max: if software { SOFTWARE_OPERATIONS } else { 0 },
-        batch_slices: config.split_batch_size as u32,
+        batch_slices: config.batch_slices(),
         cq_entries: config.cq_entries as u32,
         stall_timeout: config.connect_timeout,
         want_wait_fd,
