@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Result};
 use crate::rail::Rail;
 use crate::sys::event::{EventFd, Poller};
+use crate::sys::panic::Poison;
+use crate::types::AgentName;
 
 /// What progress threads drive: the engine's shared part.
 pub trait Driver: Send + Sync {
@@ -72,8 +74,14 @@ pub struct ProgressThreads {
 }
 
 impl ProgressThreads {
-    /// Starts one thread for each group of rails.
-    pub fn start(driver: &Arc<dyn Driver>, groups: Vec<Vec<Arc<Rail>>>, pace: Pace) -> Result<Self> {
+    /// Starts one thread for each group of rails. A panic on one poisons the engine of `agent`, and ends them all.
+    pub fn start(
+        driver: &Arc<dyn Driver>,
+        groups: Vec<Vec<Arc<Rail>>>,
+        pace: Pace,
+        agent: &AgentName,
+        poison: &Arc<Poison>,
+    ) -> Result<Self> {
         let mut started = Self::default();
         for (i, rails) in groups.into_iter().enumerate() {
             let waker = Arc::new(Waker::new()?);
@@ -84,9 +92,13 @@ impl ProgressThreads {
                 pace,
                 waker: Arc::clone(&waker),
                 stop: Arc::clone(&started.stop),
+                poison: Arc::clone(poison),
             };
-            let thread = crate::sys::thread::spawn_without_signals(format!("nixl-fabric-{i}"), move || {
-                loop_.run();
+            let (name, agent) = (format!("nixl-fabric-{i}"), agent.clone());
+            let thread = crate::sys::thread::spawn_without_signals(name.clone(), move || {
+                let poison = Arc::clone(&loop_.poison);
+                // What the thread owns goes inside as well: dropping it may panic, too.
+                let _ = poison.watch(agent, &name, || loop_.run());
             })
             .map_err(|e| Error::backend(format!("no progress thread could be started: {e}")))?;
             started.threads.push((waker, thread));
@@ -106,8 +118,9 @@ impl Drop for ProgressThreads {
         for (waker, thread) in self.threads.drain(..) {
             waker.sleeping.store(true, Ordering::Release);
             waker.wake();
-            if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
-                log::error!("a progress thread panicked");
+            if thread.thread().id() != std::thread::current().id() {
+                // Its panics have stopped inside.
+                let _ = thread.join();
             }
         }
     }
@@ -120,10 +133,11 @@ struct Loop {
     pace: Pace,
     waker: Arc<Waker>,
     stop: Arc<AtomicBool>,
+    poison: Arc<Poison>,
 }
 
 impl Loop {
-    fn run(&self) {
+    fn run(self) {
         let fds: Option<Vec<i32>> =
             if self.pace.use_wait_fd { self.rails.iter().map(|rail| rail.wait_fd()).collect() } else { None };
         for fd in fds.iter().flatten().copied().chain([self.waker.event.fd()]) {
@@ -134,7 +148,7 @@ impl Loop {
         let mut last_event = Instant::now();
         let mut last_tick = last_event;
         let mut sleep = Duration::from_micros(1);
-        while !self.stop.load(Ordering::Acquire) {
+        while !self.stop.load(Ordering::Acquire) && !self.poison.is_set() {
             let Some(driver) = self.driver.upgrade() else { return };
             let handled = driver.drive(&self.rails);
             let now = Instant::now();
@@ -182,5 +196,53 @@ impl Loop {
         self.poller.wait(time);
         self.waker.sleeping.store(false, Ordering::Release);
         self.waker.event.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Drives until it is told to panic.
+    #[derive(Default)]
+    struct Fragile {
+        breaks: AtomicBool,
+    }
+
+    impl Driver for Fragile {
+        fn drive(&self, _: &[Arc<Rail>]) -> usize {
+            assert!(!self.breaks.load(Ordering::Relaxed), "driven while broken");
+            0
+        }
+        fn may_wait(&self, _: &[Arc<Rail>]) -> bool {
+            true
+        }
+        fn tick(&self) {}
+        fn is_busy(&self) -> bool {
+            false
+        }
+    }
+
+    #[test]
+    fn a_panic_on_a_progress_thread_poisons_the_engine_and_ends_all_threads() {
+        let poison = Arc::<Poison>::default();
+        let (tell, told) = std::sync::mpsc::channel();
+        poison.on_panic(move |place| tell.send(place.to_owned()).unwrap());
+        let fragile = Arc::new(Fragile::default());
+        let driver: Arc<dyn Driver> = Arc::clone(&fragile) as Arc<dyn Driver>;
+        let pace = Pace { spin: Duration::ZERO, sleep_max: Duration::from_millis(1), use_wait_fd: false };
+        let threads =
+            ProgressThreads::start(&driver, vec![vec![], vec![]], pace, &"a".into(), &poison).unwrap();
+        assert!(!poison.is_set());
+        fragile.breaks.store(true, Ordering::Relaxed);
+        let place = told.recv_timeout(Duration::from_secs(30)).expect("the panic is told");
+        assert!(place.starts_with("nixl-fabric-") && poison.is_set());
+        for (_, thread) in &threads.threads {
+            let deadline = Instant::now() + Duration::from_secs(30);
+            while !thread.is_finished() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert!(thread.is_finished());
+        }
     }
 }

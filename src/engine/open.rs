@@ -89,7 +89,8 @@ pub(super) fn open(
             use_wait_fd,
         };
         let driver: Arc<dyn Driver> = Arc::clone(&shared) as Arc<dyn Driver>;
-        let threads = ProgressThreads::start(&driver, groups(&local.rails, shared.config.num_threads), pace)?;
+        let groups = groups(&local.rails, shared.config.num_threads);
+        let threads = ProgressThreads::start(&driver, groups, pace, &local.name, &init.poison)?;
         let _ = shared.wakers.set(threads.wakers());
         Some(threads)
     } else {

@@ -8,4 +8,5 @@ pub mod libfabric;
 pub mod net;
 pub mod nrt;
 pub mod numa;
+pub mod panic;
 pub mod thread;

@@ -21,6 +21,7 @@ impl Play {
             params: self.plan.options.clone(),
             progress_thread: false,
             progress_delay: Duration::ZERO,
+            poison: Arc::default(),
         };
         let faults = std::mem::take(&mut self.world.state().faults);
         let engine = provider::on_host(&self.world, host, || Engine::create_on(provider::library(), init));
