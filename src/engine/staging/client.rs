@@ -245,7 +245,7 @@ impl Client {
         slot: u16,
     ) -> Result<InFlight> {
         let piece = &transfer.pieces[chunk.piece];
-        let memory = Span::registered(piece.local_addr + chunk.offset, chunk.len)?;
+        let memory = Span::registered(piece.local.range(), piece.local_addr + chunk.offset, chunk.len)?;
         let context = piece.local.copy_context()?;
         let context = context.ok_or_else(|| Error::invalid("the local side is host memory"))?;
         let own = self.own.as_ref().map(|(own, _)| own.span(slot, chunk.len));
