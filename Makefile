@@ -42,7 +42,7 @@ check: ## formatting, lints, dependencies
 	@if command -v cargo-deny >/dev/null; then cargo deny check; else echo "check: no cargo-deny here, licences not checked"; fi
 
 unit: setup ## the Rust tests
-	$(if $(NEXTEST),cargo nextest run --workspace,cargo test --workspace)
+	NIXL_WHEEL_DIR=$(CURDIR)/target/nixl $(if $(NEXTEST),cargo nextest run --workspace,cargo test --workspace)
 
 e2e: setup plugin ## real NIXL agents on this machine: ARGS="--plugin <ours, stock or ucx> --libfabric 2.5.1,system -k ..."
 	$(E2E) plugin-tests/e2e $(ARGS)

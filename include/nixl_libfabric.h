@@ -7,6 +7,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+// Most virtual functions that an engine can have.
+#define NlfSLOTS_MAX 64
+
 // An engine, behind its panic guard.
 typedef struct NlfEngineHandle NlfEngineHandle;
 
@@ -50,6 +53,15 @@ typedef struct NlfMemSink {
   // Takes one kind. False: there was no memory for it. Must not unwind.
   bool (*put)(void *context, int32_t mem);
 } NlfMemSink;
+
+// What stands in each slot of an engine's virtual table.
+typedef struct NlfEngineLayout {
+  // Number of slots; 0: those of `nixl_backend_abi.h`.
+  size_t len;
+  // For each slot the place of our function in `nixl_backend_abi.h`; -1: a function that returns false; -2: one that returns
+  // "not supported"; -3: one that returns nothing.
+  int8_t slots[NlfSLOTS_MAX];
+} NlfEngineLayout;
 
 // Elements that the caller lends for the length of one call.
 typedef struct NlfSlice_Pair {
@@ -161,6 +173,8 @@ typedef struct NlfEngineOps {
   void (*plugin_options)(struct NlfPairSink sink);
   // Memory kinds that an engine made on this machine would support.
   void (*plugin_mems)(struct NlfMemSink sink);
+  // Says how the core that calls from `core` wants an engine; false: it must not get one, and the log says why.
+  bool (*layout)(const void *core, const void *init, struct NlfEngineLayout *out);
   // Makes an engine; null is failure, and the log says why.
   struct NlfEngineHandle *(*create)(const struct NlfCreateParams *params);
   // Ends an engine.

@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Result};
 use crate::rail::Rail;
 use crate::sys::event::{EventFd, Poller};
+use crate::sys::panic::Poison;
+use crate::types::AgentName;
 
 /// What progress threads drive: the engine's shared part.
 pub trait Driver: Send + Sync {
@@ -70,7 +72,8 @@ impl Waker {
 
     /// Ends the thread's sleep, if it sleeps.
     pub fn wake(&self) {
-        if self.sleeping.swap(false, Ordering::AcqRel) {
+        // Looked at first: posts wake, and most find the thread awake.
+        if self.sleeping.load(Ordering::SeqCst) && self.sleeping.swap(false, Ordering::AcqRel) {
             match self.napper.get() {
                 Some(thread) => thread.unpark(),
                 None => self.event.signal(),
@@ -123,8 +126,14 @@ pub struct ProgressThreads {
 }
 
 impl ProgressThreads {
-    /// Starts one thread for each group of rails.
-    pub fn start(driver: &Arc<dyn Driver>, groups: Vec<Vec<Arc<Rail>>>, pace: Pace) -> Result<Self> {
+    /// Starts one thread for each group of rails. A panic on one poisons the engine of `agent`, and ends them all.
+    pub fn start(
+        driver: &Arc<dyn Driver>,
+        groups: Vec<Vec<Arc<Rail>>>,
+        pace: Pace,
+        agent: &AgentName,
+        poison: &Arc<Poison>,
+    ) -> Result<Self> {
         let mut started = Self::default();
         for (i, rails) in groups.into_iter().enumerate() {
             let waker = Arc::new(Waker::new()?);
@@ -135,9 +144,13 @@ impl ProgressThreads {
                 pace,
                 waker: Arc::clone(&waker),
                 stop: Arc::clone(&started.stop),
+                poison: Arc::clone(poison),
             };
-            let thread = crate::sys::thread::spawn_without_signals(format!("nixl-fabric-{i}"), move || {
-                loop_.run();
+            let (name, agent) = (format!("nixl-fabric-{i}"), agent.clone());
+            let thread = crate::sys::thread::spawn_without_signals(name.clone(), move || {
+                let poison = Arc::clone(&loop_.poison);
+                // What the thread owns goes inside as well: dropping it may panic, too.
+                let _ = poison.watch(agent, &name, || loop_.run());
             })
             .map_err(|e| Error::backend(format!("no progress thread could be started: {e}")))?;
             started.threads.push((waker, thread));
@@ -157,8 +170,9 @@ impl Drop for ProgressThreads {
         for (waker, thread) in self.threads.drain(..) {
             waker.sleeping.store(true, Ordering::Release);
             waker.wake();
-            if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
-                log::error!("a progress thread panicked");
+            if thread.thread().id() != std::thread::current().id() {
+                // Its panics have stopped inside.
+                let _ = thread.join();
             }
         }
     }
@@ -171,10 +185,11 @@ struct Loop {
     pace: Pace,
     waker: Arc<Waker>,
     stop: Arc<AtomicBool>,
+    poison: Arc<Poison>,
 }
 
 impl Loop {
-    fn run(&self) {
+    fn run(self) {
         crate::sys::thread::set_timer_slack(TIMER_SLACK);
         let blocks = self.pace.use_wait_fd && self.watch_wait_objects();
         if !blocks {
@@ -183,7 +198,7 @@ impl Loop {
         let spin = self.pace.spin.unwrap_or(if blocks { SPIN_BEFORE_BLOCK } else { SPIN_BEFORE_NAP });
         let mut last_event = Instant::now();
         let mut last_tick = last_event;
-        while !self.stop.load(Ordering::Acquire) {
+        while !self.stop.load(Ordering::Acquire) && !self.poison.is_set() {
             let Some(driver) = self.driver.upgrade() else { return };
             let handled = driver.drive(&self.rails);
             let now = Instant::now();
@@ -255,7 +270,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::deal;
+    use super::*;
 
     #[test]
     fn the_rails_of_a_gpu_go_to_different_threads() {
@@ -305,6 +320,45 @@ mod tests {
                     prop_assert_eq!(owners.len(), window.len());
                 }
             }
+        }
+    }
+
+    /// Drives until it is told to panic.
+    #[derive(Default)]
+    struct Fragile {
+        breaks: AtomicBool,
+    }
+
+    impl Driver for Fragile {
+        fn drive(&self, _: &[Arc<Rail>]) -> usize {
+            assert!(!self.breaks.load(Ordering::Relaxed), "driven while broken");
+            0
+        }
+        fn may_wait(&self, _: &[Arc<Rail>]) -> bool {
+            true
+        }
+        fn tick(&self) {}
+        fn is_busy(&self) -> bool {
+            false
+        }
+    }
+
+    #[test]
+    fn a_panic_on_a_progress_thread_poisons_the_engine_and_ends_all_threads() {
+        let poison = Arc::<Poison>::default();
+        let fragile = Arc::new(Fragile::default());
+        let driver: Arc<dyn Driver> = Arc::clone(&fragile) as Arc<dyn Driver>;
+        let pace = Pace { spin: Some(Duration::ZERO), nap: Duration::from_millis(1), use_wait_fd: false };
+        let threads =
+            ProgressThreads::start(&driver, vec![vec![], vec![]], pace, &"a".into(), &poison).unwrap();
+        assert!(!poison.is_set());
+        fragile.breaks.store(true, Ordering::Relaxed);
+        for (_, thread) in &threads.threads {
+            let deadline = Instant::now() + Duration::from_secs(30);
+            while !thread.is_finished() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert!(thread.is_finished() && poison.is_set());
         }
     }
 }

@@ -1,6 +1,7 @@
 // Drives the shim as NIXL's core does, through the virtual functions alone, above a table of functions that is a small engine
 // in this file: one region of memory, transfers that copy at once, notifications to oneself. Exits with 0 when all held.
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -60,6 +61,17 @@ const char *plugin_name() { return "LIBFABRIC"; }
 const char *plugin_version() { return "1.2.3"; }
 void plugin_options(NlfPairSink sink) { CHECK(sink.put(sink.context, {bytes("num_threads"), bytes("0")})); }
 void plugin_mems(NlfMemSink sink) { CHECK(sink.put(sink.context, 0) && sink.put(sink.context, 1)); }
+
+// Slots of the next engine, when there are any.
+std::vector<std::int8_t> slots;
+bool known_core = true;
+
+bool layout(const void *core, const void *init, NlfEngineLayout *out) {
+    CHECK(core && init);
+    out->len = slots.size();
+    std::copy(slots.begin(), slots.end(), out->slots);
+    return known_core;
+}
 
 NlfEngineHandle *create(const NlfCreateParams *params) {
     if (fail_once()) {
@@ -206,7 +218,7 @@ int query_mem(const NlfEngineHandle *, int mem, NlfSlice_BlobDesc descs, NlfQuer
 }
 
 const NlfEngineOps table = {
-    plugin_name,        plugin_version, plugin_options, plugin_mems,       create,     destroy,
+    plugin_name,        plugin_version, plugin_options, plugin_mems,       layout,     create,     destroy,
     supported_mems,     register_mem,   release_region, public_data,       load_local_md,
     load_remote_md,     release_region, conn_info,      load_remote_conn_info,
     to_agent,           to_agent,       prep_xfer,      post_xfer,         check_xfer, release_request,
@@ -253,9 +265,8 @@ void plugin_describes_itself(const nixl_abi::Plugin &plugin) {
 void engine_describes_itself(nixl_abi::BackendEngine &engine) {
     CHECK(engine.supportsRemote() && engine.supportsLocal() && engine.supportsNotif());
     CHECK((engine.getSupportedMems() == nixl_abi::Mems{Mem::dram}));
-    CHECK(!engine.initErr && engine.backendType == "Libfabric" && engine.localAgent == "me");
+    CHECK(engine.backendType == "Libfabric");
     CHECK((engine.customParams == nixl_abi::Params{{"num_threads", "4"}}));
-    CHECK(engine.telemetryEvents.empty() && engine.enableTelemetry);
 }
 
 void engine_connects(nixl_abi::BackendEngine &engine) {
@@ -352,6 +363,17 @@ int main() {
     engine_connects(*engine);
     engine_transfers(*engine);
     engine_answers_queries(*engine);
+    plugin->destroy_engine(engine);
+    CHECK(engines == 0);
+    known_core = false;
+    CHECK(!plugin->create_engine(&init) && engines == 0);
+    known_core = true;
+
+    // Where the core wants other functions at places of ours, they stand there, and the rest moves on.
+    slots = {0, 1, -1, 2, 4, 5, -2, -3, 9};
+    engine = plugin->create_engine(&init);
+    CHECK(!engine->supportsRemote() && engine->supportsLocal() && engine->supportsNotif());
+    CHECK(engine->connect("nobody") == Status::not_found);
     plugin->destroy_engine(engine);
     CHECK(engines == 0);
     std::puts("all held");

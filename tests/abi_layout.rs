@@ -1,112 +1,202 @@
-//! The engine's virtual functions stand in the order that NIXL's core was compiled with.
+//! The engine's virtual functions stand where the core of NIXL looks for them, and a core that looks elsewhere is refused.
 //!
-//! The order is compared with the LIBFABRIC plugin of a NIXL wheel, named by `NIXL_WHEEL_DIR` (its directory `site-packages`, or
-//! any above `libplugin_LIBFABRIC.so`).
+//! `NIXL_WHEEL_DIR` names wheels of NIXL to compare with: a directory `site-packages`, or any above some.
 
-use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use object::{Object as _, ObjectSymbol as _, ObjectSymbolTable as _, RelocationTarget};
+use nixl_libfabric::abi::layout::{self, ENGINE_TABLE, OURS};
+use nixl_libfabric::abi::types::EngineLayout;
+use nixl_libfabric::abi::vtable::{Library, Slot, method};
 
-/// The names of the functions in the virtual table of the class whose table has the symbol `table`.
-///
-/// The slots are filled by the dynamic linker: with a named symbol where the function is exported, else with an address. An
-/// address can have several names, since the compiler folds functions that do the same.
-fn slots(data: &[u8], table: &str) -> Vec<BTreeSet<String>> {
-    const POINTER: u64 = 8;
-    let file = object::File::parse(data).expect("an ELF file");
-    let symbols: Vec<_> = file.symbols().chain(file.dynamic_symbols()).collect();
-    let names_at = |address: u64| {
-        let here = symbols.iter().filter(|symbol| symbol.is_definition() && symbol.address() == address);
-        here.filter_map(|symbol| Some(method(symbol.name().ok()?))).collect()
+/// The methods in the virtual table `table` of the library in `path`; several for a slot where the compiler folded them.
+fn methods(path: &Path, table: &str) -> Vec<Vec<String>> {
+    let data = std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let library = Library::parse(&data).expect("an ELF file");
+    let names = |slot| match slot {
+        Slot::Named(names) => names.into_iter().map(|name| method(name).to_owned()).collect(),
+        other => panic!("{}: {other:?} in {table}", path.display()),
     };
-    let table = symbols.iter().find(|symbol| symbol.name() == Ok(table)).expect("the virtual table");
-    let relocations: HashMap<u64, _> = file.dynamic_relocations().expect("relocations").collect();
-    // Two words come before the functions: the offset to the top and the type information.
-    (table.address() + 2 * POINTER..table.address() + table.size())
-        .step_by(POINTER as usize)
-        .map(|slot| {
-            let relocation = relocations.get(&slot).unwrap_or_else(|| panic!("slot at {slot:#x} is empty"));
-            match relocation.target() {
-                RelocationTarget::Symbol(index) => {
-                    let symbols = file.dynamic_symbol_table().expect("dynamic symbols");
-                    let symbol = symbols.symbol_by_index(index).expect("the relocation's symbol");
-                    BTreeSet::from([method(symbol.name().expect("its name"))])
-                }
-                _ => names_at(relocation.addend().cast_unsigned()),
-            }
-        })
-        .collect()
+    library.slots(table).expect("the virtual table").into_iter().map(names).collect()
 }
 
-/// What NIXL and we both call it: the last component of a nested name, for methods and destructors.
-fn method(mangled: &str) -> String {
-    let mut rest = mangled.trim_start_matches("_ZN").trim_start_matches('K');
-    let mut last = "";
-    loop {
-        if let Some(anonymous_or_more) = rest.strip_prefix("12_GLOBAL__N_1") {
-            rest = anonymous_or_more;
-            continue;
-        }
-        let digits = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_digit()).len();
-        let Ok(length) = rest[..digits].parse::<usize>() else { break };
-        last = &rest[digits..digits + length];
-        rest = &rest[digits + length..];
-    }
-    // A destructor has no name of its own: D0, D1 or D2 follows the class.
-    if rest.starts_with('D') { "destructor".to_owned() } else { last.to_owned() }
+fn plugin() -> PathBuf {
+    std::env::current_exe().expect("own path").with_file_name("libnixl_libfabric.so")
 }
 
-fn find(directory: &Path, file: &str) -> Option<PathBuf> {
-    let mut directories = Vec::new();
-    for entry in std::fs::read_dir(directory).ok()?.flatten() {
+fn files_named(name: &str, directory: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
         let path = entry.path();
         if path.is_dir() {
-            directories.push(path);
-        } else if entry.file_name() == file {
-            return Some(path);
+            found.extend(files_named(name, &path));
+        } else if entry.file_name() == name {
+            found.push(path);
         }
     }
-    directories.iter().find_map(|below| find(below, file))
+    found
 }
 
 #[test]
 fn mangled_names_give_methods() {
     assert_eq!(method("_ZNK19nixlLibfabricEngine14supportsRemoteEv"), "supportsRemote");
     assert_eq!(method("_ZNK12_GLOBAL__N_16Engine14supportsRemoteEv"), "supportsRemote");
-    assert_eq!(method("_ZN12_GLOBAL__N_16EngineD0Ev"), "destructor");
-}
-
-/// Each slot of our engine has, among its names, the expected one.
-fn check_ours<'a>(expected: impl ExactSizeIterator<Item = &'a str>) {
-    let path = std::env::current_exe().expect("own path").with_file_name("libnixl_libfabric.so");
-    let data = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    let ours = slots(&data, "_ZTVN12_GLOBAL__N_16EngineE");
-    assert_eq!(ours.len(), expected.len(), "{ours:?}");
-    for (slot, (names, expected)) in ours.iter().zip(expected).enumerate() {
-        assert!(names.contains(expected), "slot {slot} is {names:?}, and NIXL calls it as {expected}");
+    assert_eq!(method("_ZN12_GLOBAL__N_16EngineD0Ev"), "~");
+    for odd in ["", "_ZN", "_ZN9", "_ZN99999999999999999999999a", "_ZN5ab", "main"] {
+        assert!(method(odd).len() <= odd.len());
     }
 }
 
-/// The order as the header has it and as NIXL 1.0.0 to 1.5.1 have it.
 #[test]
-fn slots_stand_in_nixls_order() {
-    let order = "destructor destructor supportsRemote supportsLocal supportsNotif getSupportedMems registerMem \
-                 deregisterMem connect disconnect unloadMD prepXfer postXfer checkXfer releaseReqH prepMemView \
-                 prepMemView releaseMemView getPublicData getConnInfo loadRemoteConnInfo loadRemoteMD loadLocalMD \
-                 getNotifs genNotif queryMem estimateXferCost";
-    let order: Vec<&str> = order.split_whitespace().collect();
-    check_ours(order.into_iter());
+fn our_functions_stand_in_the_order_that_is_compared() {
+    let ours = methods(&plugin(), "_ZTVN12_GLOBAL__N_16EngineE");
+    assert_eq!(ours.len(), OURS.len(), "{ours:?}");
+    for (slot, (names, expected)) in ours.iter().zip(OURS).enumerate() {
+        assert!(
+            names.iter().any(|name| name == expected),
+            "slot {slot} is {names:?}, and {expected} is expected"
+        );
+    }
 }
 
 #[test]
-fn slots_stand_in_the_order_of_the_wheel() {
-    let Some(directory) = std::env::var_os("NIXL_WHEEL_DIR") else {
-        println!("skipped: NIXL_WHEEL_DIR names no NIXL wheel");
+fn every_wheel_has_the_layout_that_is_served() {
+    let Some(wheels) = std::env::var_os("NIXL_WHEEL_DIR") else {
+        println!("skipped: NIXL_WHEEL_DIR names no NIXL wheels");
         return;
     };
-    let path = find(Path::new(&directory), "libplugin_LIBFABRIC.so")
-        .unwrap_or_else(|| panic!("no libplugin_LIBFABRIC.so below {}", directory.display()));
-    let theirs = slots(&std::fs::read(&path).expect("the wheel's plugin"), "_ZTV19nixlLibfabricEngine");
-    check_ours(theirs.iter().map(|names| names.first().expect("a named function").as_str()));
+    let wheels = Path::new(&wheels);
+    let plugins = files_named("libplugin_LIBFABRIC.so", wheels);
+    assert!(!plugins.is_empty(), "no libplugin_LIBFABRIC.so below {}", wheels.display());
+    for plugin in plugins {
+        // Of a class that can be made, so with every name.
+        let theirs = methods(&plugin, "_ZTV19nixlLibfabricEngine");
+        let theirs: Vec<_> = theirs.iter().map(|names| names[0].as_str()).collect();
+        assert_eq!(theirs, OURS, "{}", plugin.display());
+        // Wheels carry a second copy of their plugins, which nothing loads, without a core.
+        let core = plugin.parent().and_then(Path::parent).expect("two folders up").join("libnixl.so");
+        if core.is_file() {
+            assert_eq!(layout::of_core(Some(&core), None), Ok(EngineLayout::default()), "{}", core.display());
+            println!("{}: {} functions in our order", core.display(), theirs.len());
+        }
+    }
+}
+
+/// A process with a core as the macros `proposals` have it, that makes and calls an engine of the plugin.
+struct Standin {
+    folder: PathBuf,
+    proposals: Vec<String>,
+}
+
+impl Standin {
+    fn new(proposals: &[&str]) -> Self {
+        let name = if proposals.is_empty() { "RELEASED".to_owned() } else { proposals.join("+") };
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("abi_core").join(name);
+        std::fs::remove_dir_all(&folder).ok();
+        std::fs::create_dir_all(folder.join("plugins")).expect("a folder");
+        let standin = Self { folder, proposals: proposals.iter().map(|name| format!("-D{name}")).collect() };
+        standin.compile("core", &["-O2", "-rdynamic", "-ldl"]);
+        standin
+    }
+
+    fn with_plugin(self) -> Self {
+        self.compile("plugins/libplugin_STANDIN.so", &["-O0", "-shared", "-fPIC", "-DPLUGIN"]);
+        self
+    }
+
+    fn compile(&self, output: &str, options: &[&str]) {
+        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
+        let status = Command::new(&compiler)
+            .args(["-std=c++17", "-Wall", "-Wextra", "-Werror", "tests/abi_core.cpp", "-o"])
+            .arg(self.folder.join(output))
+            .args(&self.proposals)
+            .args(options)
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .status()
+            .unwrap_or_else(|error| panic!("{compiler}: {error}"));
+        assert!(status.success(), "{compiler}: {status}");
+    }
+
+    /// What the core says in the end, and the log.
+    fn run(&self) -> (String, String) {
+        let core = Command::new(self.folder.join("core"))
+            .arg(plugin())
+            .env("NIXL_LOG_LEVEL", "INFO")
+            .output()
+            .expect("the core runs");
+        let log = String::from_utf8_lossy(&core.stderr).into_owned();
+        assert!(core.status.success(), "{}: {log}", core.status);
+        (String::from_utf8_lossy(&core.stdout).trim().to_owned(), log)
+    }
+
+    fn is_served(&self) -> String {
+        let (answer, log) = self.run();
+        assert_eq!(answer, "served", "{log}");
+        log
+    }
+
+    fn is_refused_because(&self, reason: &str) {
+        let (answer, log) = self.run();
+        assert_eq!(answer, "refused", "{log}");
+        let lines: Vec<_> = log.lines().filter(|line| line.contains("ERROR")).collect();
+        assert!(lines.len() == 1 && lines[0].contains(reason), "{log}");
+    }
+}
+
+#[test]
+fn a_released_core_is_served() {
+    let log = Standin::new(&[]).with_plugin().is_served();
+    assert!(!log.contains("taken for") && !log.contains("not offered"), "{log}");
+}
+
+#[test]
+fn a_core_with_functions_of_proposals_is_served() {
+    for proposals in [
+        &["DEVICE_PROXY"][..],
+        &["NOTIFICATION_CALLBACKS"],
+        &["SEND_RECEIVE"],
+        &["PATH_INFORMATION"],
+        &["LAST_FUNCTION"],
+        &["DEVICE_PROXY", "SEND_RECEIVE", "PATH_INFORMATION", "LAST_FUNCTION"],
+    ] {
+        let log = Standin::new(proposals).with_plugin().is_served();
+        assert!(log.contains("not offered by this plugin: "), "{log}");
+    }
+}
+
+#[test]
+fn a_core_with_more_members_or_parameters_is_served() {
+    for proposal in ["BACKEND_ID", "TRACER"] {
+        Standin::new(&[proposal]).with_plugin().is_served();
+    }
+}
+
+#[test]
+fn a_core_with_what_nobody_knows_is_refused_in_words() {
+    let reasons = [
+        ("UNKNOWN_FUNCTION", "reserve is unknown (slot 5)"),
+        ("UNKNOWN_DUTY", "14 functions that every backend must have, and not 13"),
+        ("UNKNOWN_PARAMETER", "passes other parameters than NIXL 1.0 to 1.5 do"),
+    ];
+    for (proposal, reason) in reasons {
+        Standin::new(&[proposal]).with_plugin().is_refused_because(reason);
+    }
+}
+
+/// What the core itself shows of what it calls is looked at where no plugin tells more.
+#[test]
+fn a_core_without_plugins_is_served_with_a_warning_unless_it_shows_what_nobody_knows() {
+    let log = Standin::new(&["TRACER"]).is_served();
+    assert!(log.contains("WARN") && log.contains("taken for NIXL 1.0 to 1.5"), "{log}");
+    Standin::new(&["UNKNOWN_FUNCTION", "TRACER"]).is_refused_because("it calls reserve");
+}
+
+#[test]
+fn what_is_no_library_says_nothing() {
+    for data in [&b""[..], b"\x7fELF", &[0x7f; 4096]] {
+        assert!(Library::parse(data).is_none_or(|library| library.slots(ENGINE_TABLE).is_none()));
+    }
+    let mut data = std::fs::read(plugin()).expect("the plugin");
+    data.truncate(data.len() / 2);
+    assert!(Library::parse(&data).is_none_or(|library| library.slots(ENGINE_TABLE).is_none()));
 }

@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use cuda_bed::{Bed, Memory};
-use nixl_libfabric::cuda::{Pinned, Span, Stream};
+use nixl_libfabric::cuda::{Pinned, Stream};
 use nixl_libfabric::error::{Error, Result};
 
 const MIB: usize = 1 << 20;
@@ -204,7 +204,7 @@ fn an_application_that_captures_a_graph_is_not_disturbed() {
     buffer.write(0, &[7; 4096]).unwrap();
     let target = bed.memory(Memory::Async, 0, 4096, 0);
     let stream = Stream::new(&context).unwrap();
-    let target = Span::registered(target, 4096).unwrap();
+    let target = bed.span(target, 4096);
     stream.copy_wait(target, buffer.span(), Duration::from_secs(10)).unwrap();
     drop((stream, buffer));
     assert_eq!(bed.count("capture_ruined"), 0);
@@ -222,7 +222,7 @@ fn whole_life(bed: &Bed, addr: u64) -> Result<()> {
     let context = allocation.context.as_ref().ok_or_else(|| Error::not_found("no context"))?;
     let buffer = Pinned::new(context, MIB)?;
     let stream = Stream::new(context)?;
-    let gpu = Span::registered(addr, len)?.part(0, MIB as u64)?;
+    let gpu = bed.span(addr, len).part(0, MIB as u64)?;
     let mut copy = stream.copy_all([(gpu.clone(), buffer.span()), (buffer.span(), gpu)])?;
     while !copy.is_done()? {}
     drop((copy, stream, buffer, exported));

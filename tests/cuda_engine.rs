@@ -81,6 +81,7 @@ impl Stage {
             params: params.map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
             progress_thread,
             progress_delay: Duration::ZERO,
+            poison: Arc::default(),
         })
         .unwrap()
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use cuda_bed::{Bed, Memory, bytes_at};
 use nixl_libfabric::cuda::{Kind, PINNED_BYTES_MAX, Pinned, Span, Stream};
 use nixl_libfabric::error::Status;
+use nixl_libfabric::fabric::MemoryRange;
 
 const MIB: u64 = 1 << 20;
 const LONG: Duration = Duration::from_secs(30);
@@ -178,7 +179,7 @@ fn copies_move_the_bytes_and_are_polled() {
     let pattern: Vec<u8> = (0..4096_u32).map(|i| (i * 7 % 251) as u8).collect();
     buffer.write(0, &pattern).unwrap();
 
-    let [first, second] = gpu.map(|addr| Span::registered(addr, MIB).unwrap());
+    let [first, second] = gpu.map(|addr| bed.span(addr, MIB));
     let mut copy = stream
         .copy_all([
             (first.part(100, 4096).unwrap(), buffer.span()),
@@ -231,7 +232,7 @@ fn a_buffer_lives_as_long_as_the_copies_that_name_it() {
     let start = |value: u8| {
         let mut buffer = Pinned::new(&context, 4096).unwrap();
         buffer.write(0, &[value; 4096]).unwrap();
-        stream.copy(Span::registered(target, 4096).unwrap(), buffer.span()).unwrap()
+        stream.copy(bed.span(target, 4096), buffer.span()).unwrap()
     };
     let mut copy = start(5);
     assert_eq!(bed.count("pinned"), 1);
@@ -289,7 +290,7 @@ fn a_fault_of_the_device_frees_no_buffer_under_a_copy() {
     let stream = Stream::new(&context).unwrap();
     let target = bed.memory(Memory::Async, 0, 64, 0);
     let buffer = Pinned::new(&context, 64).unwrap();
-    let mut copy = stream.copy(buffer.span(), Span::registered(target, 64).unwrap()).unwrap();
+    let mut copy = stream.copy(buffer.span(), bed.span(target, 64)).unwrap();
     bed.fail("cuEventQuery", 1, 719);
     assert!(copy.is_done().is_err() && copy.is_done().is_err());
     drop((copy, buffer));
@@ -316,8 +317,12 @@ fn spans_and_buffers_check_their_bounds() {
     let bed = Bed::new();
     bed.app_uses(0);
     let context = bed.cuda.active_context(0).unwrap().unwrap();
-    assert!(Span::registered(0, 10).is_err() && Span::registered(u64::MAX, 2).is_err());
-    let span = Span::registered(4096, 100).unwrap();
+    // SAFETY: nothing is copied from or to it.
+    let memory = unsafe { MemoryRange::assume_registered(4096, 1000) };
+    for (addr, len) in [(0, 10), (4095, 1), (4096, 1001), (5097, 0), (5000, u64::MAX), (u64::MAX, 2)] {
+        assert!(Span::registered(memory, addr, len).is_err(), "{addr}+{len}");
+    }
+    let span = Span::registered(memory, 4096, 100).unwrap();
     assert!(span.part(50, 50).is_ok() && span.part(50, 51).is_err() && span.part(u64::MAX, 2).is_err());
     assert!(Pinned::new(&context, 0).is_err() && Pinned::new(&context, PINNED_BYTES_MAX + 1).is_err());
     let mut buffer = Pinned::new(&context, 10).unwrap();

@@ -15,7 +15,7 @@ def errors(agent):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("striping_threshold", "lots"), ("num_threads", "-1"), ("chunk_bytes_max", "3"), ("require_rdma", "maybe"), ("fabric", "ethernet"),
+    [("cq_entries", "lots"), ("spin_us", "-1"), ("chunk_bytes_max", "3"), ("require_rdma", "maybe"), ("fabric", "ethernet"),
      ("connect_timeout_ms", "99999999999999999999"), ("max_rails", "1.5")],
 )
 def test_bad_value_is_refused(bed, key, value):
@@ -25,6 +25,21 @@ def test_bad_value_is_refused(bed, key, value):
         agent.create({key: value})
     (line,) = errors(agent)
     assert key in line and value in line
+
+
+STOCK_VALUES = {"split_batch_size": "0", "num_threads": "9999", "post_queue_size": "0", "striping_threshold": "lots", "max_bw_per_dram_seg": "-1"}
+
+
+@pytest.mark.tcp
+def test_what_the_stock_plugin_starts_with_is_a_warning(bed):
+    first, second = bed.pair(progress_thread=True, **STOCK_VALUES)
+    source, target = first.buffer(4 * MIB, seed=1), second.buffer(4 * MIB)
+    first.transfer("WRITE", [source[:]], [target[:]], second, b"all")
+    second.receives(b"all", sender=first)
+    target.check(1)
+    warnings = [line for line in first.log_text().splitlines() if "WARN" in line and "going on with" in line]
+    assert sorted(key for line in warnings for key in STOCK_VALUES if key in line) == ["max_bw_per_dram_seg", "num_threads", "striping_threshold"]
+    assert not errors(first)
 
 
 def test_bad_value_in_the_environment_is_refused(bed):

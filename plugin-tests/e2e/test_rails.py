@@ -4,6 +4,8 @@ import subprocess
 
 import pytest
 
+from bed.networks import CONTAINERS, TUNNEL, OddHosts, OneHost
+
 pytestmark = pytest.mark.tcp
 MIB = 1 << 20
 SIZE = 64 * MIB
@@ -89,3 +91,57 @@ def test_one_host_with_two_interfaces(bed, wired_host, progress):
 def test_host_with_only_loopback(bed, loopback_only, progress):
     first, second = bed.pair(network=loopback_only, progress_thread=progress)
     write_all(first, second)
+
+
+def meet(bed, network, **options):
+    """Two agents as `network` places them, and a write between them."""
+    first, second = bed.pair(network=network, progress_thread=True, **options)
+    source, target = first.buffer(MIB, seed=1), second.buffer(MIB)
+    first.knows(second)
+    first.transfer("WRITE", [source[:]], [target[:]], second, b"there")
+    second.receives(b"there", sender=first)
+    target.check(1)
+
+
+@pytest.fixture(params=[CONTAINERS, TUNNEL, CONTAINERS + TUNNEL], ids=["containers", "tunnel", "both"])
+def beside(request):
+    return request.param
+
+
+def test_interfaces_that_lead_nowhere_are_not_taken(bed, beside):
+    network = OddHosts(others=f"({beside})\n")
+    try:
+        meet(bed, network)
+    finally:
+        network.close()
+
+
+def test_a_host_without_ipv4(bed):
+    network = OddHosts("fd00:77::{host}/64", "fd00:77::ffff", f"({CONTAINERS})\n")
+    try:
+        meet(bed, network)
+    finally:
+        network.close()
+
+
+@pytest.mark.ours
+def test_an_interface_that_cannot_be_opened_gives_way_to_the_next(bed):
+    """An address that the kernel still looks for on the link can be listed, and not be bound to."""
+    network = OneHost(links=2)
+    network.spaces[0].run(
+        "echo 1000 > /proc/sys/net/ipv6/conf/eth1/dad_transmits; ip -4 address flush dev eth1; "
+        "ip address add fd00:78::1/64 dev eth1; ip -6 route add default via fd00:78::ffff dev eth1"
+    )
+    try:
+        meet(bed, network)
+        log = bed.agents[0].log_text()
+        assert "eth1 is left out" in log and "1 rails on eth0," in log
+    finally:
+        network.close()
+
+
+@pytest.mark.ours
+def test_loopback_is_taken_where_it_is_named(bed, two_hosts):
+    agent = bed.agent("self", network=two_hosts, progress_thread=True, devices="lo")
+    (line,) = (line for line in agent.log_text().splitlines() if "rails on" in line)
+    assert "1 rails on lo," in line

@@ -1,19 +1,21 @@
 //! The functions of the table: each turns C into Rust, calls one method of the engine, and turns the answer back.
 
 use std::collections::BTreeMap;
-use std::ffi::c_char;
+use std::ffi::{c_char, c_void};
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::guard::{self, Guard};
+use super::layout;
 use super::name;
 use super::types::{
-    BasicDesc, BlobDesc, Bytes, BytesSink, CreateParams, EngineHandle, EngineOps, MemSink, MetaDesc,
-    MetadataHandle, PairSink, QuerySink, RequestHandle, Slice,
+    BasicDesc, BlobDesc, Bytes, BytesSink, CreateParams, EngineHandle, EngineLayout, EngineOps, MemSink,
+    MetaDesc, MetadataHandle, PairSink, QuerySink, RequestHandle, Slice,
 };
 use crate::engine::{Engine, InitParams, Metadata, Request, XferDesc, available_mems};
 use crate::error::{Error, Result, Status};
 use crate::fabric::MemoryRange;
+use crate::sys::panic::{Poison, catch};
 use crate::types::{AgentName, Desc, MemKind, Op};
 
 /// The table that the shim gets.
@@ -22,6 +24,7 @@ pub static OPS: EngineOps = EngineOps {
     plugin_version,
     plugin_options,
     plugin_mems,
+    layout,
     create,
     destroy,
     supported_mems,
@@ -105,7 +108,7 @@ fn taken_back<T>(handle: Option<Box<T>>) -> Result<T> {
 }
 
 extern "C" fn plugin_name() -> *const c_char {
-    guard::catch(name::plugin_name).unwrap_or(name::DEFAULT).as_ptr()
+    catch(name::plugin_name).unwrap_or(name::DEFAULT).as_ptr()
 }
 
 extern "C" fn plugin_version() -> *const c_char {
@@ -126,21 +129,40 @@ extern "C" fn plugin_mems(sink: MemSink) {
 
 /// Runs a call that belongs to no engine and has no status: its failure is only a line in the log.
 fn without_engine(call: &str, body: impl FnOnce() -> Result<()>) {
-    match guard::catch(body) {
+    match catch(body) {
         Ok(Ok(())) => {}
         Ok(Err(error)) => log::error!(target: guard::LOG, "{call}: {error}"),
         Err(message) => log::error!(target: guard::LOG, "{call}: the plugin panicked ({message}); report it"),
     }
 }
 
+/// # Safety
+/// As for [`layout::of_process`].
+unsafe extern "C" fn layout(core: *const c_void, init: *const c_void, out: &mut EngineLayout) -> bool {
+    // SAFETY: the caller's word.
+    let found = catch(|| unsafe { layout::of_process(core, init) });
+    let why = match found {
+        Ok(Ok(layout)) => {
+            *out = layout;
+            return true;
+        }
+        Ok(Err(error)) => error.to_string(),
+        Err(message) => format!("the plugin panicked ({message}); report it"),
+    };
+    log::error!(target: guard::LOG, "cannot create the backend: {why}");
+    false
+}
+
 extern "C" fn create(params: &CreateParams) -> Option<Box<EngineHandle>> {
-    let guard = Guard::new(agent_name(params.local_agent));
-    let engine =
-        guard.run_or_error("cannot create the backend", || Engine::create(init_params(params)?)).ok()?;
+    let poison = Arc::<Poison>::default();
+    let guard = Guard::new(agent_name(params.local_agent), Arc::clone(&poison));
+    let engine = guard
+        .run_or_error("cannot create the backend", || Engine::create(init_params(params, poison)?))
+        .ok()?;
     Some(Box::new(EngineHandle { engine, guard }))
 }
 
-fn init_params(params: &CreateParams) -> Result<InitParams> {
+fn init_params(params: &CreateParams, poison: Arc<Poison>) -> Result<InitParams> {
     let text = |bytes: Bytes| {
         let bytes = bytes.get();
         String::from_utf8(bytes.to_vec())
@@ -152,6 +174,7 @@ fn init_params(params: &CreateParams) -> Result<InitParams> {
         params: options.map(|pair| Ok((text(pair.key)?, text(pair.value)?))).collect::<Result<_>>()?,
         progress_thread: params.progress_thread,
         progress_delay: Duration::from_micros(params.progress_delay_us),
+        poison,
     })
 }
 

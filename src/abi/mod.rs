@@ -6,15 +6,17 @@
 
 pub mod calls;
 pub mod guard;
+pub mod layout;
 mod name;
 pub mod types;
+pub mod vtable;
 
 use std::ffi::c_void;
 
 /// The first thing that NIXL calls. Returns its `nixlBackendPlugin`, valid for the life of the process.
 #[unsafe(no_mangle)]
 pub extern "C" fn nixl_plugin_init() -> *const c_void {
-    if let Err(message) = guard::catch(crate::logging::init) {
+    if let Err(message) = crate::sys::panic::catch(crate::logging::init) {
         // The log is what just failed.
         eprintln!("nixl_plugin_init: starting the log panicked ({message}); going on without a log");
     }

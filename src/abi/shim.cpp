@@ -2,6 +2,7 @@
 // function of the table. No logic here, and no exception leaves.
 
 #include <cstddef>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <type_traits>
@@ -281,8 +282,32 @@ class Engine final : public nixl_abi::BackendEngine {
         });
     }
 
+    // Puts the functions where this core looks for them: into a table of the object's own, which takes the compiler's place.
+    void arrange(const NlfEngineLayout &layout) {
+        if (layout.len == 0) {
+            return;
+        }
+        const Function *ours = nullptr;
+        std::memcpy(&ours, static_cast<void *>(this), sizeof ours);
+        table_.assign(ours - words_before, ours);
+        for (std::size_t place = 0; place < layout.len; ++place) {
+            const auto slot = layout.slots[place];
+            table_.push_back(slot < 0 ? answers[-slot - 1] : ours[slot]);
+        }
+        const Function *theirs = table_.data() + words_before;
+        std::memcpy(static_cast<void *>(this), &theirs, sizeof theirs);
+    }
+
   private:
+    // A word of a virtual table.
+    using Function = void (*)();
+    // Before the functions: the offset to the top, and the type information.
+    static constexpr std::ptrdiff_t words_before = 2;
+    // What stands for functions that are not ours. The ABI lets a function ignore its arguments.
+    static const Function answers[3];
+
     EnginePtr engine_;
+    std::vector<Function> table_;
 
     NlfEngineHandle *engine() const { return engine_.get(); }
 
@@ -299,8 +324,22 @@ class Engine final : public nixl_abi::BackendEngine {
     }
 };
 
+bool answer_false() { return false; }
+Status answer_not_supported() { return Status::not_supported; }
+void answer_nothing() {}
+
+const Engine::Function Engine::answers[3] = {
+    reinterpret_cast<Function>(answer_false),
+    reinterpret_cast<Function>(answer_not_supported),
+    answer_nothing,
+};
+
 nixl_abi::BackendEngine *create_engine(const nixl_abi::InitParams *init) noexcept {
     try {
+        NlfEngineLayout layout{};
+        if (!ops->layout(__builtin_return_address(0), init, &layout)) {
+            return nullptr;
+        }
         std::vector<NlfPair> options;
         if (init->customParams) {
             options.reserve(init->customParams->size());
@@ -310,14 +349,20 @@ nixl_abi::BackendEngine *create_engine(const nixl_abi::InitParams *init) noexcep
         }
         const NlfCreateParams params = {bytes(init->localAgent), {options.data(), options.size()}, init->enableProgTh,
                                         init->pthrDelay};
-        EnginePtr engine(ops->create(&params));
-        return engine ? new Engine(*init, std::move(engine)) : nullptr;
+        EnginePtr handle(ops->create(&params));
+        if (!handle) {
+            return nullptr;
+        }
+        auto engine = std::make_unique<Engine>(*init, std::move(handle));
+        engine->arrange(layout);
+        return engine.release();
     } catch (...) {
         return nullptr;
     }
 }
 
-void destroy_engine(nixl_abi::BackendEngine *engine) noexcept { delete engine; }
+// Whatever stands in its table, it is one of ours.
+void destroy_engine(nixl_abi::BackendEngine *engine) noexcept { delete static_cast<Engine *>(engine); }
 
 const char *plugin_name() { return ops->plugin_name(); }
 

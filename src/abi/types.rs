@@ -60,6 +60,43 @@ pub struct CreateParams<'a> {
     pub progress_delay_us: u64,
 }
 
+/// Most virtual functions that an engine can have.
+pub const SLOTS_MAX: usize = 64;
+
+/// What stands in each slot of an engine's virtual table.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EngineLayout {
+    /// Number of slots; 0: those of `nixl_backend_abi.h`.
+    len: usize,
+    /// For each slot the place of our function in `nixl_backend_abi.h`; -1: a function that returns false; -2: one that returns
+    /// "not supported"; -3: one that returns nothing.
+    slots: [i8; SLOTS_MAX],
+}
+
+impl Default for EngineLayout {
+    fn default() -> Self {
+        Self { len: 0, slots: [0; SLOTS_MAX] }
+    }
+}
+
+impl EngineLayout {
+    /// The layout with these slots; none where they are too many.
+    pub fn new(slots: &[i8]) -> Option<Self> {
+        let mut layout = Self::default();
+        if !slots.iter().copied().eq(0..super::layout::OURS.len() as i8) {
+            layout.len = slots.len();
+            layout.slots.get_mut(..slots.len())?.copy_from_slice(slots);
+        }
+        Some(layout)
+    }
+
+    /// The slots; none where they are those of `nixl_backend_abi.h`.
+    pub fn slots(&self) -> &[i8] {
+        &self.slots[..self.len]
+    }
+}
+
 /// A range of memory, laid out as NIXL's `nixlBasicDesc`.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -162,6 +199,9 @@ pub struct EngineOps {
     /// Memory kinds that an engine made on this machine would support.
     pub plugin_mems: extern "C" fn(sink: MemSink),
 
+    /// Says how the core that calls from `core` wants an engine; false: it must not get one, and the log says why.
+    pub layout:
+        unsafe extern "C" fn(core: *const c_void, init: *const c_void, out: &mut EngineLayout) -> bool,
     /// Makes an engine; null is failure, and the log says why.
     pub create: extern "C" fn(params: &CreateParams) -> Option<Box<EngineHandle>>,
     /// Ends an engine.

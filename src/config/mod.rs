@@ -1,7 +1,8 @@
 //! Every option: key, environment variable, default, range, help. One table, [`OPTIONS`](options::OPTIONS).
 //!
 //! An option's value is the user's parameter, else the environment variable `NIXL_LIBFABRIC_<KEY>`, else the
-//! default. A bad value is an error; a key nobody knows is a warning, because NIXL passes keys of its own.
+//! default. A bad value is an error, but for the options that the C++ plugin has, too; a key nobody knows is a warning,
+//! because NIXL passes keys of its own.
 #![forbid(unsafe_code)]
 
 mod options;
@@ -27,6 +28,14 @@ pub struct Spec {
     /// One line of help.
     pub help: &'static str,
 }
+
+/// Options that NIXL's C++ plugin has. It starts with any value: what it cannot read is its default, with a warning. A host that
+/// runs with it must not be refused here, since some go on without a backend and crash.
+const STOCK: &[&str] =
+    &["num_threads", "split_batch_size", "post_queue_size", "striping_threshold", "max_bw_per_dram_seg"];
+
+/// Slices handed to a rail at a time where the user leaves that to us.
+const BATCH_SLICES: usize = 1024;
 
 /// Values that an option takes.
 #[derive(Debug, Clone, Copy)]
@@ -75,9 +84,19 @@ impl Config {
         params: &BTreeMap<String, String>,
         env: impl Fn(&str) -> Option<String>,
     ) -> Result<(Self, Vec<String>)> {
-        let config = Self::read(|spec| source(spec, params, &env))?;
+        let mut warnings = Vec::new();
+        let config = Self::read(|spec| {
+            let value = source(spec, params, &env);
+            if STOCK.contains(&spec.key) { readable(spec, value, &mut warnings) } else { value }
+        })?;
         let unknown = params.keys().filter(|key| OPTIONS.iter().all(|spec| spec.key != key.as_str()));
-        Ok((config, unknown.map(|key| unknown_key(key)).collect()))
+        warnings.extend(unknown.map(|key| unknown_key(key)));
+        Ok((config, warnings))
+    }
+
+    /// Slices handed to a rail at a time. The C++ plugin's 0 hands everything to its threads, which is no batch of any size.
+    pub fn batch_slices(&self) -> u32 {
+        if self.split_batch_size == 0 { BATCH_SLICES as u32 } else { self.split_batch_size as u32 }
     }
 }
 
@@ -132,6 +151,15 @@ fn source(spec: &Spec, params: &BTreeMap<String, String>, env: &impl Fn(&str) ->
         Some(text) => Value { text, from: name },
         None => Value { text: spec.default.into(), from: "the default".into() },
     }
+}
+
+/// The value, or in place of one that cannot be used the nearest that can, else the default, with a warning.
+fn readable(spec: &Spec, value: Value, warnings: &mut Vec<String>) -> Value {
+    let Err(why) = <u64 as value::FromText>::from_text(&value.text, spec.range) else { return value };
+    let text = value::nearest(&value.text, spec.range)
+        .map_or_else(|| spec.default.to_owned(), |near| near.to_string());
+    warnings.push(format!("{}; going on with {text}", bad_value(spec, &value, &why)));
+    Value { text, ..value }
 }
 
 fn bad_value(spec: &Spec, value: &Value, why: &str) -> Error {

@@ -23,7 +23,7 @@ macro_rules! options {
 
         impl Config {
             /// Takes each option's text from `source` and reads it.
-            pub(super) fn read(source: impl Fn(&Spec) -> Value) -> Result<Self> {
+            pub(super) fn read(mut source: impl FnMut(&Spec) -> Value) -> Result<Self> {
                 let mut rows = OPTIONS.iter();
                 // The fields and the rows come from one list, in one order.
                 let mut next = || rows.next().expect("one row for each field");
@@ -84,11 +84,11 @@ options! {
     "Largest chunk."
     "chunk_bytes_max" => chunk_bytes_max: u64 = "1048576", Range::Number(128 * KIB, GIB, BYTES);
 
-    "Slices handed to a rail at a time."
-    "split_batch_size" => split_batch_size: usize = "1024", Range::Number(1, 65_536, "slices");
+    "Slices handed to a rail at a time; 0: 1024."
+    "split_batch_size" => split_batch_size: usize = "1024", Range::Number(0, 65_536, "slices");
 
     "Without effect; taken because the C++ plugin has it. No queue of batches stands before a rail here."
-    "post_queue_size" => post_queue_size: usize = "32768", Range::Number(1, 1 << 20, "batches");
+    "post_queue_size" => post_queue_size: usize = "32768", Range::Number(0, 1 << 40, "batches");
 
     "Completion queue entries of a rail; 0: 32768 on efa, else as many as can be in flight."
     "cq_entries" => cq_entries: usize = "0", Range::Number(0, 1 << 20, COUNT);

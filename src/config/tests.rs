@@ -55,11 +55,11 @@ fn passing_the_shown_options_back_changes_nothing() {
 #[test]
 fn a_bad_value_is_an_error_that_names_key_value_range_and_source() {
     for (key, value) in [
-        ("num_threads", "65"),
-        ("num_threads", "-1"),
-        ("num_threads", "+1"),
-        ("num_threads", ""),
-        ("num_threads", "1K"),
+        ("max_rails", "1025"),
+        ("max_rails", "-1"),
+        ("max_rails", "+1"),
+        ("max_rails", ""),
+        ("max_rails", "1K"),
         ("chunk_bytes_max", "99999999999999999999"),
         ("chunk_bytes_max", "99999999999999999G"),
         ("chunk_bytes_max", "1"),
@@ -81,6 +81,48 @@ fn a_bad_value_is_an_error_that_names_key_value_range_and_source() {
     let env = |name: &str| (name == "NIXL_LIBFABRIC_WAIT").then(|| "x".to_owned());
     let words = Config::from_lookup(&params(&[]), env).unwrap_err().to_string();
     assert!(words.contains("NIXL_LIBFABRIC_WAIT"), "{words}");
+}
+
+/// Whatever a host passes to the C++ plugin, it gets a backend here.
+#[test]
+fn what_the_stock_plugin_starts_with_is_a_warning() {
+    let texts = [
+        "0",
+        "1",
+        "65536",
+        "65537",
+        "1000001",
+        "18446744073709551615",
+        "99999999999999999999",
+        "-1",
+        "",
+        " ",
+        "lots",
+        "1.5",
+        "0x10",
+        "12 slices",
+        "+1",
+    ];
+    for key in STOCK {
+        let spec = OPTIONS.iter().find(|spec| spec.key == *key).expect("an option of ours");
+        for text in texts {
+            let (_, warnings) = Config::from_lookup(&params(&[(key, text)]), |_| None).unwrap();
+            let is_fine = <u64 as value::FromText>::from_text(text, spec.range).is_ok();
+            assert_eq!(warnings.len(), usize::from(!is_fine), "{key} `{text}`: {warnings:?}");
+            for warning in warnings {
+                assert!(warning.contains(key) && warning.contains("going on with"), "{warning}");
+            }
+        }
+    }
+    let batch = |text| read(&[("split_batch_size", text)]).unwrap().batch_slices();
+    assert_eq!(
+        [batch("0"), batch("1"), batch("99999"), batch("many"), batch("-1")],
+        [1024, 1, 65_536, 1024, 1024]
+    );
+    assert_eq!(read(&[("num_threads", "4096")]).unwrap().num_threads, 64);
+    let env = |name: &str| (name == "NIXL_LIBFABRIC_NUM_THREADS").then(|| "x".to_owned());
+    let (config, warnings) = Config::from_lookup(&params(&[]), env).unwrap();
+    assert!(config.num_threads == 0 && warnings[0].contains("NIXL_LIBFABRIC_NUM_THREADS"), "{warnings:?}");
 }
 
 #[test]

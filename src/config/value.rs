@@ -31,6 +31,14 @@ fn number(text: &str, range: Range) -> Result<u64, String> {
     value.filter(|n| (low..=high).contains(n)).ok_or_else(|| "out of range".into())
 }
 
+/// The nearest number in the range to one outside it; `None` for what is no whole number.
+pub(super) fn nearest(text: &str, range: Range) -> Option<u64> {
+    let Range::Number(low, high, _) = range else { return None };
+    let text = text.trim();
+    let is_number = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    is_number.then(|| text.parse().unwrap_or(u64::MAX).clamp(low, high))
+}
+
 macro_rules! numbers {
     ($($type:ty),*) => { $(
         impl FromText for $type {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::{Context, describe};
 use crate::error::{Error, Result};
-use crate::fabric::KeptMemory;
+use crate::fabric::{KeptMemory, MemoryRange};
 use crate::sys::cuda::{self as sys, CUevent, CUstream};
 
 /// Most bytes of one page-locked buffer.
@@ -27,8 +27,8 @@ const DRAIN_MS_MAX: u64 = 10_000;
 
 /// A range of host or device memory to copy from or to.
 ///
-/// Making one of an address is a promise like that of a work request: the range belongs to memory the user registered
-/// and stays allocated until copies that name it are done. One of a [`Pinned`] buffer keeps the buffer by itself.
+/// One of the user's memory lies within a [`MemoryRange`], which stands for the promise that it stays allocated until copies that
+/// name it are done. One of a [`Pinned`] buffer keeps the buffer by itself.
 #[derive(Debug, Clone)]
 pub struct Span {
     addr: u64,
@@ -37,12 +37,13 @@ pub struct Span {
 }
 
 impl Span {
-    /// The `len` bytes at `addr`, which are registered. `InvalidParam` if they start at zero or wrap.
-    pub fn registered(addr: u64, len: u64) -> Result<Self> {
-        match addr.checked_add(len) {
-            Some(_) if addr != 0 => Ok(Self { addr, len, owner: None }),
-            _ => Err(Error::invalid(format!("{addr:#x}+{len:#x} is no range of memory"))),
+    /// The `len` bytes at `addr` of registered memory. `InvalidParam` if they are not within it, or start at zero.
+    pub fn registered(memory: MemoryRange, addr: u64, len: u64) -> Result<Self> {
+        if addr == 0 || !memory.contains(addr, len) {
+            let (start, bytes) = (memory.addr(), memory.len());
+            return Err(Error::invalid(format!("{addr:#x}+{len:#x} is not within {start:#x}+{bytes:#x}")));
         }
+        Ok(Self { addr, len, owner: None })
     }
 
     /// `len` bytes of this range from `offset` on. `InvalidParam` if they leave it.
@@ -177,8 +178,9 @@ impl Inner {
             return Ok(());
         }
         let cuda = self.context.cuda();
-        // SAFETY: the driver finds by itself what kind of memory the addresses are. Who made the spans promised that
-        // they are allocated, or they keep their buffer; nothing here holds a reference to the bytes.
+        // SAFETY: the driver finds by itself what kind of memory the addresses are. They are within ranges whose makers
+        // promised that they stay allocated (`MemoryRange::assume_registered`), or keep their buffer; nothing here holds
+        // a reference to the bytes.
         let rc = unsafe { (cuda.api().memcpy_async)(dst.addr, src.addr, src.len as usize, self.stream) };
         cuda.check("cuMemcpyAsync", rc).map_err(|e| {
             e.context(format!("copying {} bytes from {:#x} to {:#x}", src.len, src.addr, dst.addr))

@@ -8,7 +8,7 @@
 //!   capture mode.
 //!
 //! Addresses are plain numbers, as in a NIC's work request. Nothing here makes a reference of them; that they belong to
-//! memory the user registered is the promise of whoever makes a [`Span`].
+//! memory the user registered is the promise of whoever makes a [`MemoryRange`](crate::fabric::MemoryRange).
 
 mod context;
 mod copy;

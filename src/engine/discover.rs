@@ -1,10 +1,15 @@
 //! Which devices become rails.
 
+mod reach;
+
+use std::collections::VecDeque;
+
+use self::reach::{Interfaces, address_rank};
 use super::placement::describe;
 use crate::config::{Config, Fabric};
 use crate::cuda::Runtime;
 use crate::error::{Error, Result};
-use crate::fabric::{AddrFormat, Device, Libfabric, Query, efa};
+use crate::fabric::{Device, Libfabric, Query, efa};
 use crate::topology::{DeviceFilter, Machine, spread};
 use crate::types::MemKind;
 
@@ -22,6 +27,8 @@ fn core_name(provider: &str) -> &str {
 #[derive(Debug)]
 pub(super) struct Found {
     pub devices: Vec<Device>,
+    /// What is tried, one after the other, when none of them can be opened.
+    pub spares: VecDeque<Device>,
     pub software: bool,
 }
 
@@ -60,9 +67,12 @@ pub(super) fn find(library: &Libfabric, config: &Config) -> Result<Found> {
     }
     let offered = for_accelerators(library, &query, &chosen).unwrap_or(offered);
     let devices = once_each(offered.into_iter().filter(|device| device.provider() == chosen), config.fabric);
-    let devices = if software { interfaces(devices) } else { devices };
     let devices = allowed(&devices, config)?;
-    let devices = limited(devices, config, software);
+    let (devices, spares) = if software {
+        best_interfaces(devices, config)
+    } else {
+        (spread_out(devices, config), VecDeque::new())
+    };
     if software && asked.is_none() {
         log::warn!(
             "no RDMA device was found: data goes through the kernel over {chosen} on {}. Set require_rdma to refuse \
@@ -71,7 +81,7 @@ pub(super) fn find(library: &Libfabric, config: &Config) -> Result<Found> {
             core_name(&chosen)
         );
     }
-    Ok(Found { devices, software })
+    Ok(Found { devices, spares, software })
 }
 
 /// The devices of the chosen provider that can register accelerator memory, if there is an accelerator and they can.
@@ -121,11 +131,9 @@ fn nothing_found(library: &Libfabric, query: &Query, asked: Option<&str>) -> Err
 }
 
 /// A NIC stands in libfabric's answer several times: for each address, and for each fabric of efa. The efa fabric
-/// comes before efa-direct, and IPv4 before IPv6.
+/// comes before efa-direct, and of an interface's addresses the one that most can reach, IPv4 before IPv6.
 fn once_each(devices: impl Iterator<Item = Device>, fabric: Fabric) -> Vec<Device> {
-    let preferred = |device: &Device| {
-        (fabric == Fabric::Any && efa::is_direct(device), device.addr_format() == AddrFormat::SockIn6)
-    };
+    let preferred = |device: &Device| (fabric == Fabric::Any && efa::is_direct(device), address_rank(device));
     let mut unique: Vec<Device> = Vec::new();
     for device in devices {
         match unique.iter_mut().find(|known| known.domain_name() == device.domain_name()) {
@@ -137,12 +145,6 @@ fn once_each(devices: impl Iterator<Item = Device>, fabric: Fabric) -> Vec<Devic
     unique
 }
 
-/// Loopback interfaces serve where there are no others.
-fn interfaces(devices: Vec<Device>) -> Vec<Device> {
-    let (loopback, real): (Vec<_>, Vec<_>) = devices.into_iter().partition(Device::loopback);
-    if real.is_empty() { loopback } else { real }
-}
-
 fn allowed(devices: &[Device], config: &Config) -> Result<Vec<Device>> {
     let described: Vec<_> = devices.iter().map(describe).collect();
     let kept = config.devices.apply(&described)?;
@@ -150,20 +152,30 @@ fn allowed(devices: &[Device], config: &Config) -> Result<Vec<Device>> {
 }
 
 /// A software provider takes one interface unless the user names several: which of them reach the peer's
-/// interfaces is not known here.
-/// With fewer rails than devices, those that remain are spread over the machine.
-fn limited(mut devices: Vec<Device>, config: &Config, software: bool) -> Vec<Device> {
-    let limit = match (config.max_rails, software && config.devices == DeviceFilter::default()) {
-        (0, false) => usize::MAX,
-        (0, true) => 1,
-        (n, _) => n as usize,
+/// interfaces is not known here. Loopback serves where there is no other, or where it is named. What is not taken is a
+/// spare.
+fn best_interfaces(mut devices: Vec<Device>, config: &Config) -> (Vec<Device>, VecDeque<Device>) {
+    let here = Interfaces::here();
+    let is_wanted = |device: &Device| !device.loopback() || config.devices.names(&describe(device));
+    devices.sort_by_cached_key(|device| (!is_wanted(device), here.rank(device)));
+    let wanted = devices.iter().filter(|device| is_wanted(device)).count().max(1);
+    let count = match config.max_rails as usize {
+        0 if config.devices == DeviceFilter::default() => 1,
+        0 => wanted,
+        limit => limit.min(wanted),
     };
-    if devices.len() > limit {
-        let described: Vec<_> = devices.iter().map(describe).collect();
-        devices =
-            spread(Machine::here(), &described, limit).into_iter().map(|i| devices[i].clone()).collect();
+    let spares = devices.split_off(count.min(devices.len())).into();
+    (devices, spares)
+}
+
+/// With fewer rails than devices, those that remain are spread over the machine.
+fn spread_out(devices: Vec<Device>, config: &Config) -> Vec<Device> {
+    let limit = config.max_rails as usize;
+    if limit == 0 || devices.len() <= limit {
+        return devices;
     }
-    devices
+    let described: Vec<_> = devices.iter().map(describe).collect();
+    spread(Machine::here(), &described, limit).into_iter().map(|i| devices[i].clone()).collect()
 }
 
 /// Names of devices, for a log line.

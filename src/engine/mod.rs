@@ -24,6 +24,7 @@ use crate::fabric::{Libfabric, MemoryRange};
 use crate::memory::{Memory, Registration, RemoteRegion};
 pub use crate::notify::Notification;
 use crate::progress::ProgressThreads;
+use crate::sys::panic::Poison;
 use crate::transfer::{LocalPiece, LocalTransfer};
 use crate::types::{AgentName, Desc, MemKind, Op};
 use crate::wire::{ConnectionInfo, PublicMetadata};
@@ -39,6 +40,8 @@ pub struct InitParams {
     pub progress_thread: bool,
     /// Longest sleep of the progress thread between two looks, as NIXL asks for it (0: as short as possible).
     pub progress_delay: Duration,
+    /// Marks the engine when a thread of its own panics, as the caller marks it when a call does.
+    pub poison: Arc<Poison>,
 }
 
 /// Metadata handle that NIXL holds for a local or a remote memory region.

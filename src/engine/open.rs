@@ -40,8 +40,8 @@ pub(super) fn open(
     let library = library.map_or_else(|| Libfabric::load(path), Ok)?;
     let use_wait_fd = init.progress_thread && config.wait != Wait::Sleep;
     let (found, rails) = vram::in_application_context(|| {
-        let found = discover::find(&library, &config)?;
-        let rails = open_rails(&library, &found, &config, use_wait_fd)?;
+        let mut found = discover::find(&library, &config)?;
+        let rails = open_rails(&library, &mut found, &config, use_wait_fd)?;
         Ok::<_, Error>((found, rails))
     })?;
     let vram = Vram::find(&rails, &found, config.vram_staging);
@@ -96,7 +96,7 @@ pub(super) fn open(
             .into_iter()
             .map(|group| group.into_iter().map(|rail| Arc::clone(&local.rails[rail])).collect())
             .collect();
-        let threads = ProgressThreads::start(&driver, groups, pace)?;
+        let threads = ProgressThreads::start(&driver, groups, pace, &local.name, &init.poison)?;
         let _ = shared.wakers.set(threads.wakers());
         Some(threads)
     } else {
@@ -118,32 +118,39 @@ pub(super) fn open(
     Ok((shared, progress))
 }
 
+/// Opens rails on the devices that were found; where none can be opened, on the first of the spares that can.
 fn open_rails(
     library: &Libfabric,
-    found: &Found,
+    found: &mut Found,
     config: &Config,
     want_wait_fd: bool,
 ) -> Result<Vec<Arc<Rail>>> {
-    let mut rails: Vec<Arc<Rail>> = Vec::new();
     let mut failures: Vec<Error> = Vec::new();
-    let counts =
-        rails_on_each(found.devices.len(), config.rails_per_device as usize, config.max_rails as usize);
-    let each = found.devices.iter().zip(counts);
-    for device in each.flat_map(|(device, count)| std::iter::repeat_n(device, count)) {
-        let id = RailId(rails.len() as u16);
-        match open_rail(library, device, id, config, found.software, want_wait_fd) {
-            Ok(rail) => rails.push(Arc::new(rail)),
-            Err(e) => {
-                log::warn!("{} is left out: {e}", device.domain_name());
-                failures.push(e);
+    loop {
+        let mut rails: Vec<Arc<Rail>> = Vec::new();
+        let counts =
+            rails_on_each(found.devices.len(), config.rails_per_device as usize, config.max_rails as usize);
+        let each = found.devices.iter().zip(counts);
+        for device in each.flat_map(|(device, count)| std::iter::repeat_n(device, count)) {
+            let id = RailId(rails.len() as u16);
+            match open_rail(library, device, id, config, found.software, want_wait_fd) {
+                Ok(rail) => rails.push(Arc::new(rail)),
+                Err(e) => {
+                    log::warn!("{} is left out: {e}", device.domain_name());
+                    failures.push(e);
+                }
             }
         }
+        if !rails.is_empty() {
+            return Ok(rails);
+        }
+        let Some(spare) = found.spares.pop_front() else { break };
+        found.devices = vec![spare];
     }
-    match (rails.is_empty(), failures.into_iter().next()) {
-        (true, Some(e)) => Err(e.context("no rail could be opened")),
-        (true, None) => Err(Error::not_found("there is no device to open a rail on")),
-        _ => Ok(rails),
-    }
+    Err(match failures.into_iter().next() {
+        Some(e) => e.context("no rail could be opened"),
+        None => Error::not_found("there is no device to open a rail on"),
+    })
 }
 
 /// Rails on each device, the same but for one. `rails_max` 0 is no limit.
@@ -178,7 +185,7 @@ fn open_rail(
         // A software provider queues in memory what a NIC would not take, and its peer answers when the scheduler
         // lets it: the deeper the queue, the fewer turns a transfer takes.
         operations_max: if software { SOFTWARE_OPERATIONS } else { 0 },
-        batch_slices: config.split_batch_size as u32,
+        batch_slices: config.batch_slices(),
         cq_entries: match config.cq_entries {
             0 => efa::cq_entries(device).unwrap_or(0) as u32,
             entries => entries as u32,

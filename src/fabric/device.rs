@@ -2,6 +2,7 @@
 
 use std::ffi::{CStr, CString, c_char};
 use std::fmt;
+use std::net::IpAddr;
 use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -471,10 +472,15 @@ impl Device {
         self.facts.addr_format
     }
 
+    /// Local IP address that endpoints of this device have, if it is one.
+    pub fn source_ip(&self) -> Option<IpAddr> {
+        matches!(self.addr_format(), AddrFormat::Sock | AddrFormat::SockIn | AddrFormat::SockIn6)
+            .then(|| ip_of(&self.facts.source))?
+    }
+
     /// Whether the local address is one that only this host can reach: 127.0.0.0/8 or `::1`.
     pub fn loopback(&self) -> bool {
-        matches!(self.addr_format(), AddrFormat::Sock | AddrFormat::SockIn | AddrFormat::SockIn6)
-            && is_loopback(&self.facts.source)
+        self.source_ip().is_some_and(|address| address.is_loopback())
     }
 
     /// API version that libfabric speaks on this device.
@@ -513,17 +519,14 @@ impl fmt::Debug for Device {
     }
 }
 
-/// Whether a `struct sockaddr` is a loopback address.
-fn is_loopback(sockaddr: &[u8]) -> bool {
-    let Some(family) = sockaddr.first_chunk().map(|f| i32::from(u16::from_ne_bytes(*f))) else {
-        return false;
-    };
-    match family {
-        // Port (2 bytes), address (4).
-        libc::AF_INET => sockaddr.get(4) == Some(&127),
-        // Port (2 bytes), flow information (4), address (16).
-        libc::AF_INET6 => sockaddr.get(8..24).is_some_and(|a| a[..15].iter().all(|&b| b == 0) && a[15] == 1),
-        _ => false,
+/// The IP address in a `struct sockaddr`.
+fn ip_of(sockaddr: &[u8]) -> Option<IpAddr> {
+    match i32::from(u16::from_ne_bytes(*sockaddr.first_chunk()?)) {
+        // Port (2 bytes), address.
+        libc::AF_INET => Some(IpAddr::from(*sockaddr.get(4..)?.first_chunk::<4>()?)),
+        // Port (2 bytes), flow information (4), address.
+        libc::AF_INET6 => Some(IpAddr::from(*sockaddr.get(8..)?.first_chunk::<16>()?)),
+        _ => None,
     }
 }
 
@@ -532,20 +535,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn loopback_addresses_are_known() {
-        let v4 = |first: u8| [&(libc::AF_INET as u16).to_ne_bytes()[..], &[0, 0, first, 0, 0, 1]].concat();
-        assert!(is_loopback(&v4(127)));
-        assert!(!is_loopback(&v4(10)));
-        let v6 = |last: u8| {
-            let mut address = [0u8; 28];
-            address[..2].copy_from_slice(&(libc::AF_INET6 as u16).to_ne_bytes());
-            address[23] = last;
-            address
-        };
-        assert!(is_loopback(&v6(1)));
-        assert!(!is_loopback(&v6(2)));
-        for short in [&[][..], &[2], &v4(127)[..4], &v6(1)[..20]] {
-            assert!(!is_loopback(short));
+    fn addresses_are_read() {
+        let v4 = [&(libc::AF_INET as u16).to_ne_bytes()[..], &[0, 80, 127, 0, 0, 1, 0, 0]].concat();
+        assert_eq!(ip_of(&v4), Some(IpAddr::from([127, 0, 0, 1])));
+        let mut v6 = [0u8; 28];
+        v6[..2].copy_from_slice(&(libc::AF_INET6 as u16).to_ne_bytes());
+        v6[23] = 1;
+        assert!(ip_of(&v6).unwrap().is_loopback());
+        for other in [&[][..], &[2], &v4[..7], &v6[..23], &[1, 1, 0, 0, 127, 0, 0, 1]] {
+            assert_eq!(ip_of(other), None);
         }
     }
 

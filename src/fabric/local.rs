@@ -14,10 +14,9 @@ pub fn copy_between(
     if !source.contains(source_addr, len) || !target.contains(target_addr, len) {
         return Err(Error::invalid("a local copy reaches outside its regions"));
     }
-    // SAFETY: both ranges are inside memory that the host vouched for when it registered it
-    // (`MemoryRange::assume_registered`), which stays mapped until it is deregistered, and a deregistration waits
-    // for copies in flight. Raw pointers, no references: the host and NICs may touch the same bytes meanwhile, as
-    // with any transfer. `copy` allows overlap.
+    // SAFETY: both are within ranges whose makers promised that they stay valid for as long as they are used, whoever else
+    // reads and writes them (`MemoryRange::assume_registered`). Raw pointers, no references: the host and NICs may touch
+    // the same bytes meanwhile, as with any transfer. `copy` allows overlap.
     unsafe {
         std::ptr::copy(source_addr as *const u8, target_addr as *mut u8, len as usize);
     }

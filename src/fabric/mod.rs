@@ -43,7 +43,7 @@ pub use memory::{Dmabuf, Hmem, KeptMemory, MemoryRegion, RegisteredBuffer};
 pub use peers::{FiAddr, InFlight};
 pub use post::{BATCH_WRITES_MAX, Posted, PostedSlices, Recv, Send};
 
-/// A range of memory that NICs may read and write while it is registered.
+/// A range of memory that NICs, GPUs and this process may read and write: it stands for its maker's promise that they can.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryRange {
     addr: u64,
@@ -54,9 +54,11 @@ impl MemoryRange {
     /// Takes the host's word that the range is its own and stays mapped until it is deregistered.
     ///
     /// # Safety
-    /// `addr..addr + len` must be memory (of the host or of an accelerator) that stays valid, and that
-    /// tolerates concurrent access by devices, until every registration of it is closed. A registration is closed
-    /// when its last [`MemoryRegion`] has been dropped and no operation that was posted with it is in flight.
+    /// `addr..addr + len` must be memory (of the host or of an accelerator) that stays valid, and that tolerates
+    /// concurrent access by devices and other threads, for as long as this value or a copy of it is used: until every
+    /// registration of it is closed and every copy from or to it ([`copy_between`], a stream's) is over.
+    /// A registration is closed when its last [`MemoryRegion`] has been dropped and no operation that was posted with it
+    /// is in flight.
     pub unsafe fn assume_registered(addr: u64, len: u64) -> Self {
         Self { addr, len }
     }

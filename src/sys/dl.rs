@@ -113,7 +113,7 @@ unsafe extern "C" {
 }
 
 /// Path of the loaded object that holds `address`, if the loader knows it.
-pub fn file_of(address: usize) -> Option<String> {
+pub fn file_of(address: usize) -> Option<PathBuf> {
     let mut info = libc::Dl_info {
         dli_fname: std::ptr::null(),
         dli_fbase: std::ptr::null_mut(),
@@ -126,7 +126,8 @@ pub fn file_of(address: usize) -> Option<String> {
         return None;
     }
     // SAFETY: dladdr succeeded, so the name is a C string that lives as long as the object is loaded.
-    Some(unsafe { CStr::from_ptr(info.dli_fname) }.to_string_lossy().into_owned())
+    let path = unsafe { CStr::from_ptr(info.dli_fname) };
+    Some(OsStr::from_bytes(path.to_bytes()).into())
 }
 
 fn dlopen(name: &OsStr, flags: c_int) -> Result<Handle, String> {
@@ -220,7 +221,9 @@ mod tests {
     #[test]
     fn an_address_is_traced_to_its_file() {
         let libc = Library::open("libc", None, &[]).unwrap();
-        assert!(file_of(libc.symbol(c"getpid").unwrap() as usize).unwrap().contains("libc"));
+        assert!(
+            file_of(libc.symbol(c"getpid").unwrap() as usize).unwrap().to_string_lossy().contains("libc")
+        );
         assert_eq!(file_of(0), None);
     }
 }

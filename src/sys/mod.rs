@@ -5,6 +5,8 @@ pub mod dl;
 pub mod event;
 pub mod hwloc;
 pub mod libfabric;
+pub mod net;
 pub mod nrt;
 pub mod numa;
+pub mod panic;
 pub mod thread;

@@ -40,6 +40,12 @@ impl DeviceFilter {
         Ok(filter)
     }
 
+    /// Whether the user asks for this very device, by its name and not by a pattern that others match, too.
+    pub fn names(&self, device: &RailDevice) -> bool {
+        let mut names = self.allow.iter().filter(|pattern| !pattern.contains(['*', '?']));
+        names.any(|name| matches_device(name, device))
+    }
+
     /// Indices of the devices that remain, in their order; an error if none does, or if a pattern matches none.
     pub fn apply(&self, devices: &[RailDevice]) -> Result<Vec<usize>> {
         for pattern in self.allow.iter().chain(&self.deny) {

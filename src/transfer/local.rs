@@ -194,8 +194,9 @@ impl LocalTransfer {
             }
             let rest = piece.len - cursor.offset;
             let len = if piece.within_gpus() { rest } else { rest.min(left) };
-            let target = Span::registered(piece.target_addr + cursor.offset, len)?;
-            pairs.push((target, Span::registered(piece.source_addr + cursor.offset, len)?));
+            let target = Span::registered(piece.target.range(), piece.target_addr + cursor.offset, len)?;
+            let source = Span::registered(piece.source.range(), piece.source_addr + cursor.offset, len)?;
+            pairs.push((target, source));
             if !piece.within_gpus() {
                 left -= len;
             }

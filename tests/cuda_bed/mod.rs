@@ -7,7 +7,8 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use nixl_libfabric::cuda::Cuda;
+use nixl_libfabric::cuda::{Cuda, Span};
+use nixl_libfabric::fabric::MemoryRange;
 
 /// Kinds of memory, as `cuda.c` numbers them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -148,6 +149,13 @@ impl Bed {
     /// Memory of one handle.
     pub fn memory(&self, kind: Memory, device: i32, bytes: usize, ctx: Ctx) -> u64 {
         self.map(kind, &[(bytes, device)], ctx)
+    }
+
+    /// The memory, or a part of it, for copies.
+    pub fn span(&self, addr: u64, len: u64) -> Span {
+        // SAFETY: tests free no memory that a copy names.
+        let memory = unsafe { MemoryRange::assume_registered(addr, len) };
+        Span::registered(memory, addr, len).expect("a range of memory")
     }
 
     /// Memory of consecutive handles, given as (bytes, device); device -1 leaves a hole.

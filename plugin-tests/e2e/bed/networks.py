@@ -84,3 +84,36 @@ class TwoHosts(LoopbackOnly):
             self.spaces[1].run(f"ip address add 10.77.{link}.2/24 dev eth{link}; ip link set eth{link} up")
             for space in self.spaces:
                 space.wait_for_link(link)
+
+
+class OddHosts(TwoHosts):
+    """Two hosts that reach one another over eth0, the default route's interface, and have others that lead nowhere.
+
+    `address` is the form of eth0's address, `{host}` for 1 and 2; `others` makes the interfaces. They come after eth0, since
+    libfabric lists the newest first.
+    """
+
+    def __init__(self, address="10.77.0.{host}/24", gateway="10.77.0.254", others=""):
+        super().__init__(links=1)
+        family = "-6" if ":" in address else "-4"
+        for host, space in enumerate(self.spaces, start=1):
+            # Without duplicate detection, an IPv6 address is there at once.
+            no_wait = "nodad" if ":" in address else ""
+            space.run(
+                f"ip address flush dev eth0 scope global; ip address add {address.format(host=host)} dev eth0 {no_wait}; "
+                f"ip {family} route add default via {gateway} dev eth0; {others}"
+            )
+
+
+# A container engine: its bridge, with the address that it has on every host, and a container's pair with nothing but a link-local
+# address, which comes up by itself.
+CONTAINERS = """
+ip link add docker0 type bridge; ip address add 172.17.0.1/16 dev docker0; ip link set docker0 up
+ip link add cali0 type veth peer name inside; ip link set cali0 up; ip link set inside up
+for try in $(seq 500); do ip -6 address show dev cali0 scope link -tentative | grep -q fe80 && exit; sleep 0.01; done; exit 1
+"""
+
+# A tunnel that is up, with an address that no peer has a route to.
+TUNNEL = """
+ip link add tun0 type veth peer name gone; ip address add 10.8.0.2/32 peer 10.8.0.1 dev tun0; ip link set tun0 up; ip link set gone up
+"""

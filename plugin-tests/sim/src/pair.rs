@@ -46,7 +46,13 @@ pub struct Group {
 /// Parameters of an engine.
 pub fn init(name: &AgentName, options: &[(&str, &str)]) -> InitParams {
     let params = options.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
-    InitParams { local_agent: name.clone(), params, progress_thread: false, progress_delay: Duration::ZERO }
+    InitParams {
+        local_agent: name.clone(),
+        params,
+        progress_thread: false,
+        progress_delay: Duration::ZERO,
+        poison: Arc::default(),
+    }
 }
 
 impl Group {

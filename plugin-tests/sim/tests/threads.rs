@@ -36,6 +36,7 @@ fn open(world: &Arc<World>, name: &str, progress_thread: bool) -> Side {
         params: [("num_threads".to_owned(), "2".to_owned())].into(),
         progress_thread,
         progress_delay: Duration::from_micros(10),
+        poison: Arc::default(),
     };
     let engine = on_host(world, host, || Engine::create_on(library(), init)).unwrap();
     let arena = Arena::new(THREADS);

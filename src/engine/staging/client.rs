@@ -39,6 +39,27 @@ struct Granted {
     free: Vec<u16>,
 }
 
+impl Granted {
+    /// What a peer lends, if anything can be moved through it.
+    fn new(slot_bytes: u32, slots: u16, region: PublicMetadata) -> Result<Self> {
+        if slots == 0 {
+            return Err(Error::backend("no staging memory is left there"));
+        }
+        if slot_bytes < SLOT_BYTES_MIN {
+            return Err(Error::backend(format!(
+                "it lends slots of {slot_bytes} bytes for staging, and {SLOT_BYTES_MIN} are the least"
+            )));
+        }
+        if region.addr.checked_add(u64::from(slots) * u64::from(slot_bytes)).is_none() {
+            return Err(Error::backend(format!(
+                "it lends {slots} slots of {slot_bytes} bytes from {:#x} on, beyond the address space",
+                region.addr
+            )));
+        }
+        Ok(Self { region, slot_bytes, free: (0..slots).rev().collect() })
+    }
+}
+
 /// See the module.
 #[derive(Default)]
 pub struct Client {
@@ -79,10 +100,9 @@ impl Client {
     pub fn on_lend(&mut self, peer: &Arc<Peer>, slot_bytes: u32, slots: u16, region: PublicMetadata) {
         let Some(lease) = self.leases.iter_mut().find(|lease| Arc::ptr_eq(&lease.peer, peer)) else { return };
         if lease.granted.is_none() {
-            let free = if slot_bytes >= SLOT_BYTES_MIN { (0..slots).rev().collect() } else { Vec::new() };
-            lease.granted = Some(Granted { region, slot_bytes, free });
-            if slots == 0 {
-                self.fail_all(peer, &Error::backend(format!("{} has no staging memory left", peer.name())));
+            match Granted::new(slot_bytes, slots, region) {
+                Ok(granted) => lease.granted = Some(granted),
+                Err(why) => self.fail_all(peer, &why.context(peer.name())),
             }
         }
     }
@@ -244,7 +264,7 @@ impl Client {
         slot: u16,
     ) -> Result<InFlight> {
         let piece = &transfer.pieces[chunk.piece];
-        let memory = Span::registered(piece.local_addr + chunk.offset, chunk.len)?;
+        let memory = Span::registered(piece.local.range(), piece.local_addr + chunk.offset, chunk.len)?;
         let context = piece.local.copy_context()?;
         let context = context.ok_or_else(|| Error::invalid("the local side is host memory"))?;
         let own = self.own.as_ref().map(|(own, _)| own.span(slot, chunk.len));
@@ -420,3 +440,27 @@ fn slot_lost() -> Error {
 /// The stages of a chunk: at the source of the data, on the wire, at its target.
 const WIRE_STAGE: u8 = 1;
 const LAST_STAGE: u8 = 2;
+
+#[cfg(test)]
+mod tests {
+    use super::{Granted, SLOT_BYTES_MIN};
+    use crate::wire::PublicMetadata;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_lease_that_nothing_fits_through_is_refused(slot_bytes: u32, slots: u16, addr: u64) {
+            let edges = [(slot_bytes, slots, addr), (slot_bytes % 8192, slots % 3, addr), (slot_bytes, slots, !(addr >> 17))];
+            for (slot_bytes, slots, addr) in edges {
+                let bytes = u64::from(slot_bytes) * u64::from(slots);
+                let usable = slots > 0 && slot_bytes >= SLOT_BYTES_MIN && addr.checked_add(bytes).is_some();
+                let granted = Granted::new(slot_bytes, slots, PublicMetadata { keys: vec![Some(1)], addr });
+                prop_assert_eq!(granted.is_ok(), usable);
+                if let Ok(granted) = granted {
+                    prop_assert_eq!(granted.free.len(), usize::from(slots));
+                    prop_assert!(granted.free.iter().all(|&slot| slot < slots));
+                }
+            }
+        }
+    }
+}

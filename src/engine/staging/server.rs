@@ -110,7 +110,7 @@ impl Server {
         let region = staging.region_of(&desc)?;
         let context = region.copy_context()?.ok_or_else(|| Error::invalid("the region is host memory"))?;
         let slot = slots.span(wish.slot, desc.len)?;
-        let memory = Span::registered(desc.addr, desc.len)?;
+        let memory = Span::registered(region.range(), desc.addr, desc.len)?;
         begin_uses(std::iter::once(&region))
             .map_err(|gone| Error::not_found(format!("{gone} was deregistered")))?;
         let copy =

@@ -64,7 +64,8 @@ impl Api {
         let fabric = library.versioned_symbol(c"fi_fabric", c"FABRIC_1.1")?;
         let version = library.versioned_symbol(c"fi_version", c"FABRIC_1.0")?;
         let strerror = library.versioned_symbol(c"fi_strerror", c"FABRIC_1.0")?;
-        let origin = dl::file_of(getinfo as usize).unwrap_or_else(|| library.origin().to_owned());
+        let origin = dl::file_of(getinfo as usize)
+            .map_or_else(|| library.origin().to_owned(), |path| path.to_string_lossy().into_owned());
         // SAFETY: under these symbol versions the functions have the signatures declared above (rdma/fabric.h), and
         // the library is never unloaded, so that the pointers stay good.
         let api = unsafe {

@@ -1,5 +1,7 @@
 //! Lives of agents: they meet, part, stand still, die and come back.
 
+use std::sync::Arc;
+
 use std::time::Duration;
 
 use nixl_libfabric::engine::{Engine, InitParams};
@@ -21,6 +23,7 @@ impl Play {
             params: self.plan.options.clone(),
             progress_thread: false,
             progress_delay: Duration::ZERO,
+            poison: Arc::default(),
         };
         let faults = std::mem::take(&mut self.world.state().faults);
         let engine = provider::on_host(&self.world, host, || Engine::create_on(provider::library(), init));
