@@ -25,7 +25,7 @@ fn a_missing_library_is_named() {
 fn a_library_that_is_not_the_driver_is_named() {
     let nrt = cuda_bed::build("nrt.c", "libnrt-for-cuda.so", &[]);
     let why = Cuda::load(Some(&nrt)).unwrap_err();
-    assert!(why.to_string().contains("has no cuInit"), "{why}");
+    assert!(why.to_string().contains("has no symbol cuInit"), "{why}");
 }
 
 #[test]

@@ -14,9 +14,8 @@ const FRAGMENT_HEADER_BYTES: usize = HEADER_BYTES + 16;
 /// Payload bytes of a full fragment where the peer takes control messages of 8192 bytes.
 pub const FRAGMENT_CAPACITY: usize = CONTROL_BYTES_MAX - FRAGMENT_HEADER_BYTES;
 
-// 1 to 4 were the fragments and counts of builds before 0.2, which announced a WRITE's notification before its data.
-const STAGING: u8 = 5;
-const FRAGMENT: u8 = 6;
+const FRAGMENT: u8 = 1;
+const STAGING: u8 = 2;
 
 /// A control message and the sender's number for the connection ([`HandshakeExtension::session`]): a message of an
 /// earlier connection is told by it.

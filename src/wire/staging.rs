@@ -1,5 +1,5 @@
 //! Messages by which one agent moves data in and out of another's GPU memory through host memory.
-//! WIRE.md, "Kind 5, staging".
+//! WIRE.md, "Kind 2, staging".
 
 use super::blob::Bytes;
 use super::serdes::malformed;
