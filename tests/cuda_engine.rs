@@ -311,7 +311,7 @@ fn an_agent_copies_to_itself_by_gpu() {
     let on_host = register(&engine, MemKind::Dram, host_addr, 3 * MIB, 0).unwrap();
     let copy = |op, from: XferDesc<'_>, to: XferDesc<'_>| {
         let (local, remote) = if op == Op::Write { (from, to) } else { (to, from) };
-        engine.prep_xfer(op, [local].into_iter(), [remote].into_iter(), &"self".into()).unwrap()
+        engine.prep_xfer(op, &[local], &[remote], &"self".into()).unwrap()
     };
 
     // Between GPUs: it is done when the GPU says so, not before.
@@ -360,7 +360,7 @@ fn a_copy_that_the_gpu_refuses_is_an_error_of_its_request() {
     let (on_a, on_b) = (vram(&engine, a, MIB, 0).unwrap(), vram(&engine, b, MIB, 0).unwrap());
     let prepare = || {
         let (from, to) = (desc(&on_a, a, MIB), desc(&on_b, b, MIB));
-        engine.prep_xfer(Op::Write, [from].into_iter(), [to].into_iter(), &"self".into()).unwrap()
+        engine.prep_xfer(Op::Write, &[from], &[to], &"self".into()).unwrap()
     };
     for call in ["cuStreamCreate", "cuMemcpyAsync", "cuEventRecord", "cuEventQuery"] {
         let request = prepare();
@@ -395,7 +395,7 @@ fn gpu_memory_goes_over_the_wire_and_the_provider_finds_a_context() {
         stage.bed.take_log();
         for op in [Op::Write, Op::Read] {
             let (here, far) = (desc(&on_a, a, 4 * MIB), desc(&there, b, 4 * MIB));
-            let request = one.prep_xfer(op, [here].into_iter(), [far].into_iter(), &"two".into()).unwrap();
+            let request = one.prep_xfer(op, &[here], &[far], &"two".into()).unwrap();
             one.post_xfer(&request, None).unwrap();
             assert_eq!(wait(&[&one, &two], &request), Ok(Status::Success));
             assert_eq!(bytes_at(a, 4 * MIB), bytes_at(b, 4 * MIB));
@@ -466,7 +466,7 @@ impl Staged {
             desc(self.region(0, MemKind::Vram), self.gpu[0], STAGED_BYTES),
             desc(remote, self.gpu[1], STAGED_BYTES),
         );
-        self.engines[0].prep_xfer(Op::Write, [local].into_iter(), [far].into_iter(), &"two".into()).unwrap()
+        self.engines[0].prep_xfer(Op::Write, &[local], &[far], &"two".into()).unwrap()
     }
 
     fn wait(&self, request: &Request) -> Result<Status> {
@@ -491,9 +491,7 @@ fn staged_memory_moves_both_ways_between_all_kinds() {
                 let len = STAGED_BYTES - 200;
                 let (local, far) =
                     (desc(bed.region(0, near), here + 100, len), desc(&remote, there + 100, len));
-                let request = bed.engines[0]
-                    .prep_xfer(op, [local].into_iter(), [far].into_iter(), &"two".into())
-                    .unwrap();
+                let request = bed.engines[0].prep_xfer(op, &[local], &[far], &"two".into()).unwrap();
                 bed.engines[0].post_xfer(&request, Some(b"moved")).unwrap();
                 let mut notified = 0;
                 let [one, two] = &bed.engines;
@@ -539,8 +537,7 @@ fn staged_pieces_in_great_number_and_any_order_arrive() {
         places.into_iter().map(move |at| desc(metadata, base + at as u64, piece)).collect::<Vec<_>>()
     };
     let (local, far) = (list(bed.region(0, MemKind::Vram), here), list(&remote, there));
-    let request =
-        bed.engines[0].prep_xfer(Op::Write, local.into_iter(), far.into_iter(), &"two".into()).unwrap();
+    let request = bed.engines[0].prep_xfer(Op::Write, &local, &far, &"two".into()).unwrap();
     for _ in 0..2 {
         fill_at(there, STAGED_BYTES, 0);
         bed.engines[0].post_xfer(&request, None).unwrap();

@@ -113,7 +113,7 @@ struct Side {
         }
         const nixl_abi::InitParams init = {name, "LIBFABRIC", &all, false, 0, nixl_abi::Sync::none, false};
         engine = plugin.create_engine(&init);
-        if (!engine || engine->initErr) {
+        if (!engine) {
             fail("create_engine");
         }
         void *pages = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);

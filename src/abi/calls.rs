@@ -12,7 +12,7 @@ use super::types::{
     BasicDesc, BlobDesc, Bytes, BytesSink, CreateParams, EngineHandle, EngineLayout, EngineOps, MemSink,
     MetaDesc, MetadataHandle, PairSink, QuerySink, RequestHandle, Slice,
 };
-use crate::engine::{Engine, InitParams, Metadata, Request, XferDesc, available_mems};
+use crate::engine::{Engine, InitParams, Metadata, Request, XferElement, available_mems};
 use crate::error::{Error, Result, Status};
 use crate::fabric::MemoryRange;
 use crate::sys::panic::{Poison, catch};
@@ -270,25 +270,18 @@ extern "C" fn disconnect(engine: &EngineHandle, agent: Bytes) -> i32 {
     engine.status("disconnect", |engine| engine.disconnect(&agent_name(agent)))
 }
 
-/// The elements of a transfer list, all of them with metadata.
-///
-/// Looks through the list before it is walked, because the engine walks it more than once and without errors.
-fn elements<'a>(
-    list: Slice<'a, MetaDesc<'a>>,
-    side: &str,
-) -> Result<impl ExactSizeIterator<Item = XferDesc<'a>> + Clone> {
-    let list = list.get();
-    if let Some(index) = list.iter().position(|element| region(element).is_none()) {
-        return Err(Error::invalid(format!("NIXL passed no memory metadata with {side} descriptor {index}")));
+impl<'a> XferElement<'a> for MetaDesc<'a> {
+    fn desc(&self) -> Desc {
+        self.range.into()
     }
-    Ok(list.iter().map(|element| XferDesc {
-        desc: element.range.into(),
-        metadata: region(element).expect("every element was looked at above"),
-    }))
-}
 
-fn region<'a>(element: &MetaDesc<'a>) -> Option<&'a Arc<Metadata>> {
-    element.metadata?.handle.as_deref().map(|handle| &handle.0)
+    fn metadata(&self) -> Option<&'a Arc<Metadata>> {
+        self.metadata?.handle.as_deref().map(|handle| &handle.0)
+    }
+
+    fn region(&self) -> usize {
+        self.metadata.map_or(0, |object| std::ptr::from_ref(object).addr())
+    }
 }
 
 extern "C" fn prep_xfer(
@@ -301,13 +294,8 @@ extern "C" fn prep_xfer(
 ) -> i32 {
     engine.status("prepXfer", |engine| {
         let op = Op::try_from(op).map_err(|op| Error::invalid(format!("there is no operation {op}")))?;
-        let local = elements(local, "local")?;
-        let remote = elements(remote, "remote")?;
-        if local.len() != remote.len() {
-            let (local, remote) = (local.len(), remote.len());
-            return Err(Error::invalid(format!("{local} local descriptors for {remote} remote ones")));
-        }
-        *out = Some(Box::new(RequestHandle(engine.prep_xfer(op, local, remote, &agent_name(agent))?)));
+        let request = engine.prep_xfer(op, local.get(), remote.get(), &agent_name(agent))?;
+        *out = Some(Box::new(RequestHandle(request)));
         Ok(())
     })
 }

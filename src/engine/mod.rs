@@ -62,6 +62,31 @@ pub struct XferDesc<'a> {
     pub metadata: &'a Arc<Metadata>,
 }
 
+/// What a list of a transfer is made of: [`XferDesc`], or whatever a caller has that tells the same. Lists are long, so
+/// nothing of them is copied.
+pub trait XferElement<'a> {
+    /// The range.
+    fn desc(&self) -> Desc;
+    /// The region's metadata; without it the transfer is refused.
+    fn metadata(&self) -> Option<&'a Arc<Metadata>>;
+    /// Something that is equal for elements with the same metadata.
+    fn region(&self) -> usize;
+}
+
+impl<'a> XferElement<'a> for XferDesc<'a> {
+    fn desc(&self) -> Desc {
+        self.desc
+    }
+
+    fn metadata(&self) -> Option<&'a Arc<Metadata>> {
+        Some(self.metadata)
+    }
+
+    fn region(&self) -> usize {
+        std::ptr::from_ref(self.metadata).addr()
+    }
+}
+
 /// A transfer request: prepared once, posted any number of times.
 pub enum Request {
     /// With a remote agent.
@@ -255,8 +280,8 @@ impl Engine {
     pub fn prep_xfer<'a>(
         &self,
         op: Op,
-        local: impl ExactSizeIterator<Item = XferDesc<'a>> + Clone,
-        remote: impl ExactSizeIterator<Item = XferDesc<'a>> + Clone,
+        local: &[impl XferElement<'a>],
+        remote: &[impl XferElement<'a>],
         agent: &AgentName,
     ) -> Result<Request> {
         if local.len() != remote.len() {
@@ -267,49 +292,16 @@ impl Engine {
             )));
         }
         if self.is_self(agent) {
-            return self.prep_local(op, local.zip(remote));
+            return prep_local(op, local, remote);
         }
         let peer = self.peer(agent)?;
         let mut preparation = Preparation::new(&self.shared, &peer, local.len());
-        for (here, there) in local.clone().zip(remote.clone()) {
-            preparation.add(&here, &there)?;
-        }
+        preparation.add(local, remote)?;
         if preparation.is_staged {
-            return prep_staged(op, peer, local.zip(remote));
+            return prep_staged(op, peer, local, remote);
         }
-        let transfer = preparation.finish(op)?;
+        let transfer = preparation.finish(op, local, remote)?;
         Ok(Request::Remote(RemoteTransfer(Arc::new(Remote { transfer, peer }))))
-    }
-
-    fn prep_local<'a>(
-        &self,
-        op: Op,
-        pairs: impl Iterator<Item = (XferDesc<'a>, XferDesc<'a>)>,
-    ) -> Result<Request> {
-        let mut pieces = Vec::new();
-        for (here, there) in pairs {
-            let (near, far) = (local(here.metadata)?, local(there.metadata)?);
-            near.check(&here.desc)?;
-            far.check(&there.desc)?;
-            if here.desc.len != there.desc.len {
-                return Err(Error::invalid(format!(
-                    "a local descriptor has {} bytes and its counterpart {}",
-                    here.desc.len, there.desc.len
-                )));
-            }
-            let (from, to) = match op {
-                Op::Write => ((near, here.desc), (far, there.desc)),
-                Op::Read => ((far, there.desc), (near, here.desc)),
-            };
-            pieces.push(LocalPiece {
-                source: Arc::clone(from.0),
-                source_addr: from.1.addr,
-                target: Arc::clone(to.0),
-                target_addr: to.1.addr,
-                len: here.desc.len,
-            });
-        }
-        Ok(Request::Local(Arc::new(LocalTransfer::new(pieces))))
     }
 
     /// Posts a request: `Status::Success` or `Status::InProgress`.
@@ -478,20 +470,54 @@ impl Drop for Engine {
     }
 }
 
+/// A transfer within the agent.
+fn prep_local<'a>(
+    op: Op,
+    local_descs: &[impl XferElement<'a>],
+    remote_descs: &[impl XferElement<'a>],
+) -> Result<Request> {
+    let mut pieces = Vec::new();
+    for (here, there) in local_descs.iter().zip(remote_descs) {
+        let (near, far) = (local(metadata(here)?)?, local(metadata(there)?)?);
+        let (here, there) = (here.desc(), there.desc());
+        near.check(&here)?;
+        far.check(&there)?;
+        if here.len != there.len {
+            return Err(Error::invalid(format!(
+                "a local descriptor has {} bytes and its counterpart {}",
+                here.len, there.len
+            )));
+        }
+        let (from, to) = match op {
+            Op::Write => ((near, here), (far, there)),
+            Op::Read => ((far, there), (near, here)),
+        };
+        pieces.push(LocalPiece {
+            source: Arc::clone(from.0),
+            source_addr: from.1.addr,
+            target: Arc::clone(to.0),
+            target_addr: to.1.addr,
+            len: here.len,
+        });
+    }
+    Ok(Request::Local(Arc::new(LocalTransfer::new(pieces))))
+}
+
 /// A transfer that goes by way of host memory, of descriptors that were checked.
 fn prep_staged<'a>(
     op: Op,
     peer: Arc<crate::peer::Peer>,
-    pairs: impl Iterator<Item = (XferDesc<'a>, XferDesc<'a>)>,
+    local_descs: &[impl XferElement<'a>],
+    remote_descs: &[impl XferElement<'a>],
 ) -> Result<Request> {
     let mut pieces: Vec<StagedPiece> = Vec::new();
-    for (here, there) in pairs.filter(|(here, _)| here.desc.len > 0) {
+    for (here, there) in local_descs.iter().zip(remote_descs).filter(|(here, _)| here.desc().len > 0) {
         let piece = StagedPiece {
-            local: Arc::clone(local(here.metadata)?),
-            local_addr: here.desc.addr,
-            remote: Arc::clone(there.metadata),
-            remote_addr: there.desc.addr,
-            len: here.desc.len,
+            local: Arc::clone(local(metadata(here)?)?),
+            local_addr: here.desc().addr,
+            remote: Arc::clone(metadata(there)?),
+            remote_addr: there.desc().addr,
+            len: here.desc().len,
         };
         match pieces.last_mut() {
             Some(last) if last.goes_on_with(&piece) => last.len += piece.len,
@@ -499,6 +525,13 @@ fn prep_staged<'a>(
         }
     }
     Ok(Request::Staged(Arc::new(StagedTransfer::new(op, peer, pieces))))
+}
+
+fn metadata<'a>(element: &impl XferElement<'a>) -> Result<&'a Arc<Metadata>> {
+    element.metadata().ok_or_else(|| {
+        let Desc { addr, len, .. } = element.desc();
+        Error::invalid(format!("NIXL passed no metadata with the descriptor {addr:#x}+{len}"))
+    })
 }
 
 fn local(metadata: &Metadata) -> Result<&Arc<Registration>> {

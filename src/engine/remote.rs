@@ -5,15 +5,15 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::shared::Shared;
-use super::{Metadata, XferDesc, local};
+use super::{Metadata, XferElement, local, metadata};
 use crate::error::{Error, Result, Status};
 use crate::fabric::{RmaList, Way};
 use crate::memory::{Registration, RemoteRegion};
 use crate::peer::Peer;
 use crate::rail::{Event, Tag};
-use crate::transfer::plan::{self, Cutter, Cutting, Lane};
+use crate::transfer::plan::{self, Cutter, Lane};
 use crate::transfer::{Next, Part, Transfer};
-use crate::types::{Desc, Op, RailId};
+use crate::types::{Op, RailId};
 
 /// A transfer and the peer that it is with.
 pub struct Remote {
@@ -101,15 +101,13 @@ pub fn of_tag(tag: &Tag) -> Option<Arc<Remote>> {
 }
 
 /// A transfer under preparation: descriptors sorted by the lanes that they may take.
-pub struct Preparation<'a> {
-    cutting: Cutting,
-    peer: &'a Arc<Peer>,
-    virtual_addresses: bool,
+pub struct Preparation<'e, 'a> {
+    shared: &'e Shared,
+    peer: &'e Arc<Peer>,
     capacity: usize,
     registrations: Vec<Arc<Registration>>,
     sets: Vec<LaneSet<'a>>,
-    pairs: HashMap<PairKey, Pair<'a>>,
-    last: Option<(PairKey, Pair<'a>)>,
+    pairs: HashMap<PairKey, Pair>,
     pub is_staged: bool,
 }
 
@@ -124,69 +122,66 @@ struct LaneSet<'a> {
 /// A pair of metadata handles, by address: they outlive the preparation.
 type PairKey = (usize, usize);
 
-/// What a descriptor is held against.
+/// What a pair of descriptors is held against.
 #[derive(Clone, Copy)]
-struct Pair<'a> {
+struct Pair {
     set: usize,
     index: u32,
-    /// Address and length of the two regions.
-    here: (u64, u64),
+    /// Address and length of the remote region.
     there: (u64, u64),
     /// What remote addresses count from.
     base: u64,
-    registration: &'a Arc<Registration>,
-    remote: &'a RemoteRegion,
 }
 
-impl<'a> Preparation<'a> {
-    pub fn new(shared: &Shared, peer: &'a Arc<Peer>, capacity: usize) -> Self {
+impl<'e, 'a> Preparation<'e, 'a> {
+    pub fn new(shared: &'e Shared, peer: &'e Arc<Peer>, capacity: usize) -> Self {
         Self {
-            cutting: shared.cutting(),
+            shared,
             peer,
-            virtual_addresses: shared.virtual_addresses,
             capacity,
             registrations: Vec::new(),
             sets: Vec::new(),
             pairs: HashMap::new(),
-            last: None,
             is_staged: false,
         }
     }
 
-    /// Adds a pair of descriptors.
-    pub fn add(&mut self, here: &XferDesc<'a>, there: &XferDesc<'a>) -> Result<()> {
-        let key = (Arc::as_ptr(here.metadata) as usize, Arc::as_ptr(there.metadata) as usize);
-        let pair = match self.last {
-            Some((last, pair)) if last == key => pair,
-            _ => self.pair(key, here.metadata, there.metadata)?,
-        };
-        let (here, there) = (&here.desc, &there.desc);
-        if here.len != there.len || !inside(here, pair.here) || !inside(there, pair.there) {
-            return Err(pair.mismatch(here, there));
+    /// Adds pairs of descriptors, from lists of one length. What belongs to a pair of regions is looked up when it
+    /// changes; what is done for each pair of descriptors is kept short, because lists are long.
+    pub fn add(&mut self, local: &[impl XferElement<'a>], remote: &[impl XferElement<'a>]) -> Result<()> {
+        let mut at = 0;
+        while let (Some(here), Some(there)) = (local.get(at), remote.get(at)) {
+            let key = key_of(here, there);
+            let pair = self.pair(key, here, there)?;
+            let cutter = &mut self.sets[pair.set].cutter;
+            for (here, there) in local[at..].iter().zip(&remote[at..]) {
+                if key_of(here, there) != key {
+                    break;
+                }
+                let (near, far) = (here.desc(), there.desc());
+                // That the local side lies in its region is looked at when the list is made.
+                let offset = far.addr.wrapping_sub(pair.there.0);
+                let inside = offset <= pair.there.1 && far.len <= pair.there.1 - offset;
+                if near.len != far.len || !inside {
+                    return Err(mismatch(here, there));
+                }
+                cutter.add(near.addr, far.addr.wrapping_sub(pair.base), near.len, pair.index);
+                at += 1;
+            }
         }
-        self.sets[pair.set].cutter.add(here.addr, there.addr - pair.base, here.len, pair.index);
         Ok(())
     }
 
-    fn pair(&mut self, key: PairKey, here: &'a Arc<Metadata>, there: &'a Arc<Metadata>) -> Result<Pair<'a>> {
-        let pair = match self.pairs.get(&key) {
-            Some(pair) => *pair,
-            None => self.add_pair(key, here, there)?,
-        };
-        self.last = Some((key, pair));
-        Ok(pair)
-    }
-
-    fn add_pair(
+    fn pair(
         &mut self,
         key: PairKey,
-        here: &'a Arc<Metadata>,
-        there: &'a Arc<Metadata>,
-    ) -> Result<Pair<'a>> {
-        let registration = local(here)?;
-        let Metadata::Remote(remote) = there.as_ref() else {
-            return Err(Error::invalid("the remote side of a transfer with a peer is memory of this agent"));
-        };
+        here: &impl XferElement<'a>,
+        there: &impl XferElement<'a>,
+    ) -> Result<Pair> {
+        if let Some(pair) = self.pairs.get(&key) {
+            return Ok(*pair);
+        }
+        let (registration, remote) = regions(here, there)?;
         if remote.peer() != self.peer.id() {
             return Err(Error::disconnected(format!(
                 "{remote} belongs to an earlier connection with {}; load its metadata again",
@@ -204,32 +199,29 @@ impl<'a> Preparation<'a> {
             )));
         }
         let set = self.sets.iter().position(|set| set.lanes == lanes).unwrap_or_else(|| {
-            let cutter = Cutter::new(self.cutting, lanes.len(), self.capacity);
+            let cutter = Cutter::new(&self.shared.cutting(), lanes.len(), self.capacity);
             self.sets.push(LaneSet { lanes, pairs: Vec::new(), cutter });
             self.sets.len() - 1
         });
         let pairs = &mut self.sets[set].pairs;
         pairs.push((registration, keys));
-        let (range, desc) = (registration.range(), remote.desc());
-        let base = if self.virtual_addresses { 0 } else { remote.base() };
+        let desc = remote.desc();
+        let base = if self.shared.virtual_addresses { 0 } else { remote.base() };
         if desc.addr < base {
             return Err(Error::invalid(format!("{remote} begins before its region ({base:#x})")));
         }
-        let pair = Pair {
-            set,
-            index: (pairs.len() - 1) as u32,
-            here: (range.addr(), range.len()),
-            there: (desc.addr, desc.len),
-            base,
-            registration,
-            remote,
-        };
+        let pair = Pair { set, index: (pairs.len() - 1) as u32, there: (desc.addr, desc.len), base };
         self.pairs.insert(key, pair);
         Ok(pair)
     }
 
-    /// The transfer.
-    pub fn finish(self, op: Op) -> Result<Arc<Transfer>> {
+    /// The transfer of the lists that were added.
+    pub fn finish<'d>(
+        self,
+        op: Op,
+        local: &[impl XferElement<'d>],
+        remote: &[impl XferElement<'d>],
+    ) -> Result<Arc<Transfer>> {
         let mut parts = Vec::with_capacity(self.sets.len());
         for set in self.sets {
             let slices = set.cutter.finish();
@@ -247,7 +239,11 @@ impl<'a> Preparation<'a> {
                     .map(|(region, key)| Way { region, key })
                     .collect())
             });
-            let list = Arc::new(RmaList::new(slices, ways.collect::<Result<_>>()?)?);
+            let list = RmaList::new(slices, ways.collect::<Result<_>>()?).map_err(|e| {
+                let wrong = local.iter().zip(remote).find_map(|(here, there)| outside(here, there));
+                wrong.unwrap_or_else(|| e.into())
+            })?;
+            let list = Arc::new(list);
             parts.push(Part { lanes: set.lanes, list });
         }
         Ok(Transfer::new(op, parts, self.registrations))
@@ -258,22 +254,35 @@ fn region_on(registration: &Arc<Registration>, rail: RailId) -> Result<crate::fa
     registration.region(rail).ok_or_else(|| Error::not_found(format!("{registration} is being deregistered")))
 }
 
-fn inside(desc: &Desc, (addr, len): (u64, u64)) -> bool {
-    let offset = desc.addr.wrapping_sub(addr);
-    offset <= len && desc.len <= len - offset
+fn key_of<'a>(here: &impl XferElement<'a>, there: &impl XferElement<'a>) -> PairKey {
+    (here.region(), there.region())
 }
 
-impl Pair<'_> {
-    /// Which rule a pair of descriptors breaks.
-    #[cold]
-    fn mismatch(&self, here: &Desc, there: &Desc) -> Error {
-        if here.len != there.len {
-            return Error::invalid(format!(
-                "a local descriptor has {} bytes and its remote one {}",
-                here.len, there.len
-            ));
+fn regions<'a>(
+    here: &impl XferElement<'a>,
+    there: &impl XferElement<'a>,
+) -> Result<(&'a Arc<Registration>, &'a RemoteRegion)> {
+    match metadata(there)?.as_ref() {
+        Metadata::Remote(remote) => Ok((local(metadata(here)?)?, remote)),
+        Metadata::Local(_) => {
+            Err(Error::invalid("the remote side of a transfer with a peer is memory of this agent"))
         }
-        let outside = self.registration.check(here).and_then(|()| self.remote.check(there));
-        outside.err().unwrap_or_else(|| Error::invalid("a descriptor wraps around"))
     }
+}
+
+/// Which rule a pair of descriptors breaks.
+#[cold]
+fn mismatch<'a>(here: &impl XferElement<'a>, there: &impl XferElement<'a>) -> Error {
+    let (near, far) = (here.desc().len, there.desc().len);
+    if near != far {
+        return Error::invalid(format!("a local descriptor has {near} bytes and its remote one {far}"));
+    }
+    outside(here, there).unwrap_or_else(|| Error::invalid("a descriptor wraps around"))
+}
+
+/// Which region a pair of descriptors is not inside of.
+fn outside<'a>(here: &impl XferElement<'a>, there: &impl XferElement<'a>) -> Option<Error> {
+    let checked = regions(here, there)
+        .and_then(|(own, theirs)| own.check(&here.desc()).and_then(|()| theirs.check(&there.desc())));
+    checked.err()
 }

@@ -54,12 +54,15 @@ impl RmaList {
         let pairs = pairs_of(&lanes)?;
         let len_max = lanes.iter().map(|lane| lane.domain.device().max_msg_size()).min().unwrap_or(0) as u64;
         let mut bytes = 0;
+        let (mut known, mut start, mut size) = (u32::MAX, 0, 0);
         for slice in &slices {
-            let len = u64::from(slice.len);
-            let inside = pairs.get(slice.pair as usize).is_some_and(|local| {
-                slice.local_addr >= local.start && local.end.saturating_sub(slice.local_addr) >= len
-            });
-            if !inside || len > len_max {
+            if slice.pair != known {
+                known = slice.pair;
+                let local = pairs.get(known as usize).cloned().unwrap_or_default();
+                (start, size) = (local.start, local.end.saturating_sub(local.start));
+            }
+            let (offset, len) = (slice.local_addr.wrapping_sub(start), u64::from(slice.len));
+            if offset > size || len > (size - offset).min(len_max) {
                 return Err(refused(format!(
                     "{} bytes at {:#x} are not inside their region, or more than one operation takes ({len_max})",
                     slice.len, slice.local_addr

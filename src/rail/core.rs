@@ -28,7 +28,7 @@ const OPERATIONS_MAX: u32 = 8192;
 /// Commands taken in and completion batches handled before posting gets its turn.
 const COMMANDS_PER_TURN: usize = 256;
 const POLLS_PER_TURN: usize = 8;
-/// How often peers that never answer are looked for.
+/// How often it is looked at what comes without a completion.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What the rail does of one piece of work. The endpoint knows it by the same number, from the first claim of
@@ -64,7 +64,6 @@ pub(super) struct Core {
     // Closed before anything that its operations refer to.
     endpoint: Endpoint,
     id: RailId,
-    device: Device,
     limits: RailLimits,
     counters: Counters,
     receives: Receives,
@@ -77,6 +76,8 @@ pub(super) struct Core {
     completions: Vec<Completion>,
     /// Whether several writes may share a doorbell, to peers that have been reached.
     batches: bool,
+    /// Whether the provider shakes hands with a peer before it moves data, and says nothing if it gets no answer.
+    shakes_hands: bool,
     /// The time at the start of this turn.
     now: Instant,
     /// When it was last looked for peers that never answer.
@@ -129,9 +130,9 @@ impl Core {
         receives.post(&mut endpoint)?;
         Ok(Self {
             batches,
+            shakes_hands: efa::shakes_hands(device),
             endpoint,
             id,
-            device: device.clone(),
             limits: limits.clone(),
             counters: Counters::default(),
             receives,
@@ -208,7 +209,7 @@ impl Core {
                 events,
             );
             handled += self.post_shares(events);
-            self.fail_never_met(events);
+            self.look_around(events);
         }
         handled
     }
@@ -291,11 +292,6 @@ impl Core {
                     self.break_down(e, events);
                     return handled;
                 }
-            }
-        }
-        if handled == 0 {
-            for event in self.endpoint.drain_events() {
-                log::warn!("rail {}: the provider reports: {}", self.id, event.text);
             }
         }
         handled
@@ -561,12 +557,17 @@ impl Core {
         }
     }
 
-    /// Ends the wait for peers that never answered, where the provider does not. What is in flight to them stays so.
-    fn fail_never_met(&mut self, events: &mut Vec<Event>) {
-        if !efa::shakes_hands(&self.device) || self.now.duration_since(self.looked) < LOOK_INTERVAL {
+    /// Looks now and then at what announces itself to nobody: the provider's own events, and peers that never answered,
+    /// for which the efa provider waits for ever. What is in flight to those stays so.
+    fn look_around(&mut self, events: &mut Vec<Event>) {
+        if self.now.duration_since(self.looked) < LOOK_INTERVAL {
             return;
         }
         self.looked = self.now;
+        self.endpoint.drain_events();
+        if !self.shakes_hands {
+            return;
+        }
         for (_, share) in &self.shares {
             // Also one with nothing in flight: the provider may put it off for as long as others are.
             if share.work.is_stopped() {

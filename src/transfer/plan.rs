@@ -60,14 +60,19 @@ pub fn rails_worth(slices: usize, bytes: u64, lanes: usize) -> usize {
 /// Makes slices of descriptors that share their lanes: joins what continues, and cuts what is long.
 #[derive(Debug)]
 pub struct Cutter {
-    cutting: Cutting,
+    /// Pieces up to this length are one slice.
+    whole_bytes_max: u64,
+    chunk_bytes_max: u64,
+    message_bytes_max: u64,
     lanes: u64,
     slices: Vec<Slice>,
-    /// The piece that the next descriptor may continue.
-    open: Piece,
+    /// Where a descriptor begins that continues the last piece, and in which pair of regions.
+    next: (u64, u64, u32),
+    /// The last piece, if it is too long for one slice; else it is the last slice.
+    long: Option<Piece>,
 }
 
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 struct Piece {
     local_addr: u64,
     remote_addr: u64,
@@ -77,56 +82,86 @@ struct Piece {
 
 impl Cutter {
     /// For descriptors that go over so many lanes; room for `capacity` of them is made.
-    pub fn new(cutting: Cutting, lanes: usize, capacity: usize) -> Self {
-        Self { cutting, lanes: lanes as u64, slices: Vec::with_capacity(capacity), open: Piece::default() }
+    pub fn new(cutting: &Cutting, lanes: usize, capacity: usize) -> Self {
+        // A slice's length has 32 bits.
+        let message_bytes_max = cutting.message_bytes_max.min(u32::MAX.into());
+        let spread_from = if lanes > 1 { cutting.striping_threshold_bytes } else { u64::MAX };
+        Self {
+            whole_bytes_max: spread_from.saturating_sub(1).min(message_bytes_max),
+            chunk_bytes_max: cutting.chunk_bytes_max.max(CHUNK_BYTES_MIN),
+            message_bytes_max,
+            lanes: lanes as u64,
+            slices: Vec::with_capacity(capacity),
+            next: (0, 0, u32::MAX),
+            long: None,
+        }
     }
 
-    /// Adds a descriptor pair. Addresses and length were checked: none of them wraps around.
+    /// Adds a descriptor pair. None of it wraps around, or it will be refused when its region is looked at.
+    #[inline]
     pub fn add(&mut self, local_addr: u64, remote_addr: u64, len: u64, pair: u32) {
-        let open = &mut self.open;
-        let continues = open.local_addr.wrapping_add(open.len) == local_addr
-            && open.remote_addr.wrapping_add(open.len) == remote_addr
-            && open.pair == pair;
-        if continues {
-            open.len += len;
+        if len == 0 {
             return;
         }
-        let piece = std::mem::replace(open, Piece { local_addr, remote_addr, len, pair });
-        self.cut(piece);
+        let continues = self.next == (local_addr, remote_addr, pair);
+        self.next = (local_addr.wrapping_add(len), remote_addr.wrapping_add(len), pair);
+        if continues || self.long.is_some() || len > self.whole_bytes_max {
+            self.add_slowly(continues, Piece { local_addr, remote_addr, len, pair });
+        } else {
+            self.slices.push(Slice { local_addr, remote_addr, len: len as u32, pair });
+        }
     }
 
     /// The slices.
     pub fn finish(mut self) -> Vec<Slice> {
-        self.cut(self.open);
+        self.cut_long();
         self.slices
     }
 
-    fn cut(&mut self, piece: Piece) {
-        let Piece { local_addr, remote_addr, len, pair } = piece;
-        let chunk = self.chunk_len(len);
-        if len <= chunk {
-            if len > 0 {
-                self.slices.push(Slice { local_addr, remote_addr, len: len as u32, pair });
+    fn add_slowly(&mut self, continues: bool, piece: Piece) {
+        let len_max = self.whole_bytes_max;
+        match (&mut self.long, self.slices.last_mut()) {
+            (Some(long), _) if continues => long.len = long.len.saturating_add(piece.len),
+            (None, Some(last)) if continues => {
+                let len = u64::from(last.len).saturating_add(piece.len);
+                if len <= len_max {
+                    last.len = len as u32;
+                } else {
+                    let Slice { local_addr, remote_addr, pair, .. } = *last;
+                    self.long = Some(Piece { local_addr, remote_addr, len, pair });
+                    self.slices.pop();
+                }
             }
-            return;
+            _ => {
+                self.cut_long();
+                self.long = Some(piece);
+                if piece.len <= len_max {
+                    self.cut_long();
+                }
+            }
         }
+    }
+
+    fn cut_long(&mut self) {
+        let Some(Piece { local_addr, remote_addr, len, pair }) = self.long.take() else { return };
+        let chunk = self.chunk_len(len);
         let mut offset = 0;
         while offset < len {
             let len = chunk.min(len - offset) as u32;
-            let (local_addr, remote_addr) = (local_addr + offset, remote_addr + offset);
+            let (local_addr, remote_addr) =
+                (local_addr.wrapping_add(offset), remote_addr.wrapping_add(offset));
             self.slices.push(Slice { local_addr, remote_addr, len, pair });
             offset += u64::from(len);
         }
     }
 
-    /// Length of the slices of a piece; fits 32 bits, as what a provider takes does.
+    /// Length of the slices of a piece.
     fn chunk_len(&self, len: u64) -> u64 {
-        let whole = self.cutting.message_bytes_max.min(u32::MAX.into());
-        if self.lanes == 1 || len < self.cutting.striping_threshold_bytes {
-            return whole;
+        if len <= self.whole_bytes_max || self.lanes == 1 {
+            return self.message_bytes_max;
         }
         let share = len.div_ceil(self.lanes).next_multiple_of(CHUNK_ALIGN);
-        share.clamp(CHUNK_BYTES_MIN, self.cutting.chunk_bytes_max.max(CHUNK_BYTES_MIN)).min(whole)
+        share.clamp(CHUNK_BYTES_MIN, self.chunk_bytes_max).min(self.message_bytes_max)
     }
 }
 
@@ -169,7 +204,7 @@ mod tests {
             lanes in 1usize..9,
             message_bytes_max in prop::sample::select(vec![4096u64, 1 << 20, 1 << 30]),
         ) {
-            let mut cutter = Cutter::new(Cutting { message_bytes_max, ..CUTTING }, lanes, descs.len());
+            let mut cutter = Cutter::new(&Cutting { message_bytes_max, ..CUTTING }, lanes, descs.len());
             let (mut at, mut last, mut expected) = (1 << 20, 0, Vec::new());
             for (len, continues, pair) in descs {
                 // The other pair's memory is elsewhere.
@@ -214,7 +249,7 @@ mod tests {
     #[test]
     fn neighbours_join_and_large_pieces_are_cut_for_all_lanes() {
         let cut = |lanes, descs: &[(u64, u64)]| {
-            let mut cutter = Cutter::new(CUTTING, lanes, 0);
+            let mut cutter = Cutter::new(&CUTTING, lanes, 0);
             for &(addr, len) in descs {
                 cutter.add(addr, addr + 500, len, 0);
             }

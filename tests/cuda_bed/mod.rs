@@ -152,6 +152,7 @@ impl Bed {
     }
 
     /// The memory, or a part of it, for copies.
+    #[allow(clippy::unused_self, reason = "it is the bed's memory")]
     pub fn span(&self, addr: u64, len: u64) -> Span {
         // SAFETY: tests free no memory that a copy names.
         let memory = unsafe { MemoryRange::assume_registered(addr, len) };

@@ -130,7 +130,7 @@ impl Group {
             pieces.iter().map(|p| XferDesc { desc: desc(near, *p), metadata: local }).collect();
         let remote = &self.agents[i].remote[&j];
         let far: Vec<_> = pieces.iter().map(|p| XferDesc { desc: desc(far, *p), metadata: remote }).collect();
-        self.engine(i).prep_xfer(op, near.into_iter(), far.into_iter(), &self.agents[j].name)
+        self.engine(i).prep_xfer(op, &near, &far, &self.agents[j].name)
     }
 
     /// Posts a write of one piece.

@@ -58,7 +58,7 @@ fn work(here: &Side, there: &Side, remote: &Arc<Metadata>, thread: usize) {
     let near = [XferDesc { desc: at(here), metadata: &here.local }];
     let far = [XferDesc { desc: at(there), metadata: remote }];
     let op = if thread.is_multiple_of(2) { Op::Write } else { Op::Read };
-    let request = here.engine.prep_xfer(op, near.into_iter(), far.into_iter(), &there.name).unwrap();
+    let request = here.engine.prep_xfer(op, &near, &far, &there.name).unwrap();
     for post in 0..POSTS {
         let mut status = here.engine.post_xfer(&request, Some(&post.to_le_bytes()));
         here.engine.send_notification(&there.name, b"alone").unwrap();

@@ -322,7 +322,7 @@ impl Client {
         if lanes.is_empty() {
             return Err(Error::invalid(format!("{} sent no key for its staging memory", staged.peer.name())));
         }
-        let mut cutter = Cutter::new(shared.cutting(), lanes.len(), 1);
+        let mut cutter = Cutter::new(&shared.cutting(), lanes.len(), 1);
         cutter.add(local_addr, remote_addr.wrapping_sub(base), chunk.len, 0);
         let region_on = |rail: RailId| match (chunk.local_slot, own) {
             (Some(_), Some(own)) => Some(own.region(rail)),

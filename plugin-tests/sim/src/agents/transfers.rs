@@ -49,7 +49,7 @@ impl Play {
         let far: Vec<_> =
             pieces.iter().map(|p| XferDesc { desc: desc(bases.1, p.1, p.2), metadata: &remote }).collect();
         let name = self.agents[j].name.clone();
-        let request = self.engine(i).expect("awake").prep_xfer(op, near.into_iter(), far.into_iter(), &name);
+        let request = self.engine(i).expect("awake").prep_xfer(op, &near, &far, &name);
         let request = match request {
             Ok(request) => request,
             Err(e) => {
@@ -283,9 +283,8 @@ impl Play {
             metadata: &local,
         };
         let engine = agent.engine.as_ref().expect("awake");
-        let request = engine
-            .prep_xfer(Op::Write, [desc(at)].into_iter(), [desc(at + SLOT)].into_iter(), &agent.name)
-            .expect("prepared");
+        let request =
+            engine.prep_xfer(Op::Write, &[desc(at)], &[desc(at + SLOT)], &agent.name).expect("prepared");
         let mut answer = engine.post_xfer(&request, None);
         for _ in 0..10 {
             if answer != Ok(Status::InProgress) {
