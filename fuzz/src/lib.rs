@@ -66,17 +66,23 @@ pub fn receiver(data: &[u8]) {
     let mut receiver = Receiver::new("peer".into(), LIMITS);
     let mut input = Input(data);
     while let Some(kind) = input.byte() {
-        let out = match kind % 3 {
-            0 => receiver.on_stock_writes(input.number(), input.number().into()).unwrap_or(None),
+        let out = match kind % 4 {
+            0 => receiver.on_stock_writes(input.number() as u16, input.number() as u32).unwrap_or(None),
             1 => {
-                let mut bytes = [input.number(), input.small(), input.small()].map(u16::to_le_bytes).concat();
+                let _ = receiver.on_stock_failed(input.number() as u16, input.number() as u32);
+                None
+            }
+            2 => {
+                let numbers = [input.number(), input.number(), input.number()];
+                let mut bytes = numbers.map(|number| (number as u16).to_le_bytes()).concat();
                 let first = bytes[2..4] == [0, 0];
-                let (total, expected, name) = (input.number(), input.small(), input.small() % 8);
+                let (total, expected, name) =
+                    (input.number() as u32, input.number() as u32, input.number() as u16);
                 let payload = input.slice();
                 bytes.extend((payload.len() as u32).to_le_bytes());
                 if first {
-                    bytes.extend(u32::from(total).to_le_bytes());
-                    bytes.extend(u32::from(expected).to_le_bytes());
+                    bytes.extend(total.to_le_bytes());
+                    bytes.extend(expected.to_le_bytes());
                     bytes.extend(name.to_le_bytes());
                 }
                 bytes.extend(payload);
@@ -85,9 +91,9 @@ pub fn receiver(data: &[u8]) {
             }
             _ => {
                 let fragment = Fragment {
-                    message_id: input.small().into(),
-                    total_len: input.number().into(),
-                    offset: input.number().into(),
+                    message_id: input.number(),
+                    total_len: input.number() as u32,
+                    offset: input.number() as u32,
                     payload: input.slice(),
                 };
                 let mut bytes = Vec::new();
@@ -111,13 +117,16 @@ impl<'a> Input<'a> {
         Some(byte)
     }
 
-    /// Numbers that meet each other again and again.
-    fn small(&mut self) -> u16 {
-        (self.byte().unwrap_or(0) % 8).into()
-    }
-
-    fn number(&mut self) -> u16 {
-        u16::from_le_bytes([self.byte().unwrap_or(0), self.byte().unwrap_or(0)])
+    /// A number of any size; half of them are small ones, which meet each other again and again.
+    fn number(&mut self) -> u64 {
+        let kind = self.byte().unwrap_or(0);
+        let bytes = match kind % 8 {
+            0..=3 => return (kind >> 5).into(),
+            4 | 5 => 1,
+            6 => 2,
+            _ => 8,
+        };
+        (0..bytes).fold(0, |number, _| number << 8 | u64::from(self.byte().unwrap_or(0xff)))
     }
 
     fn slice(&mut self) -> &'a [u8] {

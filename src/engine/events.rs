@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::peer::{Introduction, Outgoing, Peer, Released};
 use crate::rail::{Event, Tag};
 use crate::types::AgentName;
+use crate::wire::stock::final_writes;
 use crate::wire::{Body, ConnectionInfo, ControlMessage, Handshake, Immediate, StockFragment};
 
 /// Malformed messages that are logged one by one; after that, each hundredth.
@@ -111,6 +112,11 @@ impl Shared {
                 let message = peer.receive(|receiver| receiver.on_stock_fragment(&fragment))?;
                 self.deliver(&peer, message);
                 Ok(())
+            }
+            Immediate::StockFailure { index, id } => {
+                let final_writes = final_writes(body)?;
+                let Some(peer) = self.peers.by_index(u16::from(index)) else { return Ok(()) };
+                peer.receive(|receiver| receiver.on_stock_failed(id, final_writes))
             }
             Immediate::Control { peer } => {
                 let message = ControlMessage::decode(body)?;

@@ -61,6 +61,11 @@ impl Receiver {
         self.stock.on_fragment(fragment, &mut self.budget)
     }
 
+    /// Stock wire: a transfer has failed, and so many of its writes come all the same.
+    pub fn on_stock_failed(&mut self, transfer_id: u16, final_writes: u32) -> Result<()> {
+        self.stock.on_failed(transfer_id, final_writes, &mut self.budget)
+    }
+
     /// Our wire: a fragment has arrived.
     pub fn on_fragment(&mut self, fragment: &Fragment<'_>) -> Result<Option<Vec<u8>>> {
         self.messages.on_fragment(fragment, &mut self.budget)

@@ -21,6 +21,8 @@ const TURN: usize = 1 << 16;
 const HALF_TURN: u32 = 1 << 15;
 /// Unfinished notifications with number 0, which have to be searched.
 const LOOSE_MAX: usize = 1024;
+/// Transfers that are known to have failed before anything of their notification came.
+const FAILED_MAX: usize = 1024;
 
 #[derive(Debug)]
 pub(super) struct StockReceiver {
@@ -33,6 +35,8 @@ pub(super) struct StockReceiver {
     pending: HashMap<u16, Partial>,
     /// Unfinished notifications with number 0, oldest first: every stand-alone notification of a stock agent has it.
     loose: Vec<Partial>,
+    /// Transfers that failed before the first fragment came, by number.
+    failed: HashMap<u16, Failure>,
 }
 
 /// The furthest number seen, with its turns.
@@ -79,12 +83,23 @@ impl EarlyWrites {
     }
 }
 
+/// The sender's word that a transfer has failed.
+#[derive(Debug, Clone, Copy)]
+struct Failure {
+    /// Writes that have arrived or will.
+    final_writes: u32,
+    /// The clock when it came.
+    stamp: u32,
+}
+
 /// An unfinished notification.
 #[derive(Debug)]
 struct Partial {
     count: u16,
     first: Option<StockFirst>,
     assembly: Assembly,
+    /// Its transfer has failed: it is not delivered, and ends when so many writes have come.
+    failed: Option<u32>,
     /// Writes that have arrived; unused with number 0.
     writes: u32,
     /// The clock at the last fragment or write.
@@ -93,7 +108,7 @@ struct Partial {
 
 impl Partial {
     fn new(count: u16, writes: u32, stamp: u32) -> Self {
-        Self { count, first: None, assembly: Assembly::new(Place::Index), writes, stamp }
+        Self { count, first: None, assembly: Assembly::new(Place::Index), failed: None, writes, stamp }
     }
 
     fn is_whole(&self) -> bool {
@@ -102,7 +117,8 @@ impl Partial {
 
     /// Writes that it waits for, once it is whole.
     fn expected(&self) -> Option<u32> {
-        self.first.filter(|_| self.is_whole()).map(|first| first.expected_writes)
+        let first = self.first.filter(|_| self.is_whole())?;
+        Some(self.failed.unwrap_or(first.expected_writes))
     }
 
     fn is_ready(&self, writes: u32) -> bool {
@@ -168,7 +184,40 @@ impl StockReceiver {
             early_writes: Vec::new(),
             pending: HashMap::new(),
             loose: Vec::new(),
+            failed: HashMap::new(),
         }
+    }
+
+    /// The peer says that a transfer has failed, and how many of its writes come all the same. The C++ plugin delivers its
+    /// notification nevertheless; here a notification means that all data is there, so that of a failed transfer is
+    /// dropped. It stays until what is under way for it has come, which else would count for the next use of the number.
+    pub(super) fn on_failed(&mut self, id: u16, final_writes: u32, budget: &mut Budget) -> Result<()> {
+        self.clock.saw(id);
+        if id == 0 {
+            return Err(malformed(format!(
+                "{} says that transfer 0 has failed, a number that other notifications have, too",
+                self.peer
+            )));
+        }
+        if let Entry::Occupied(mut entry) = self.pending.entry(id) {
+            let partial = entry.get_mut();
+            if !self.clock.is_past(partial.stamp) {
+                (partial.failed, partial.stamp) = (Some(final_writes), self.clock.now);
+                let over = partial.is_ready(partial.writes).then(|| entry.remove());
+                return over.map_or(Ok(()), |partial| self.deliver(partial, budget).map(drop));
+            }
+            entry.remove().assembly.finish(budget);
+        }
+        let clock = self.clock;
+        self.failed.retain(|_, failure| !clock.is_past(failure.stamp));
+        if self.failed.len() >= FAILED_MAX {
+            return Err(malformed(format!(
+                "{FAILED_MAX} failed transfers of {} wait for their notifications",
+                self.peer
+            )));
+        }
+        self.failed.insert(id, Failure { final_writes, stamp: self.clock.now });
+        Ok(())
     }
 
     pub(super) fn on_writes(&mut self, id: u16, count: u32, budget: &mut Budget) -> Result<Option<Vec<u8>>> {
@@ -220,6 +269,8 @@ impl StockReceiver {
         let mut partial = Partial::new(fragment.count, writes, self.clock.now);
         partial.check(fragment, self.notif_bytes_max)?;
         partial.take(fragment, self.clock.now, budget)?;
+        let failure = self.failed.remove(&id).filter(|failure| !self.clock.is_past(failure.stamp));
+        partial.failed = failure.map(|failure| failure.final_writes);
         self.set_early_writes(id, 0);
         if partial.is_ready(partial.writes) {
             return self.deliver(partial, budget).map(Some);
@@ -267,6 +318,12 @@ impl StockReceiver {
     fn deliver(&self, partial: Partial, budget: &mut Budget) -> Result<Vec<u8>> {
         let name_len = partial.first.map_or(0, |first| first.name_len as usize);
         let mut payload = partial.assembly.finish(budget);
+        if let Some(arrived) = partial.failed {
+            return Err(malformed(format!(
+                "a transfer of {} has failed there after {arrived} writes; its notification is dropped",
+                self.peer
+            )));
+        }
         let message = payload.split_off(name_len);
         if payload != self.peer.as_bytes() {
             return Err(malformed(format!(

@@ -183,29 +183,33 @@ proptest! {
 
     #[test]
     fn hostile_peers_stay_within_their_budget(
-        events in vec((0u8..3, any::<u16>(), 0u16..6, 0u16..6, 0usize..100, 0u32..300, 0u32..300), 0..300),
+        events in vec((0u8..4, number(), number(), number(), 0usize..100, number(), number()), 0..300),
     ) {
         let limits = Limits { notif_bytes_max: 200, pending_bytes_max: 3000 };
         let mut receiver = Receiver::new(NAME.into(), limits);
         for (kind, id, index, count, len, total, offset) in events {
             let payload = vec![1; len];
-            let small = u64::from(id % 8);
             let mut bytes = Vec::new();
             let out = match kind {
-                0 => receiver.on_stock_writes(id % 8, total).unwrap_or(None),
+                0 => receiver.on_stock_writes(id as u16, total as u32).unwrap_or(None),
                 1 => {
-                    bytes.extend([id % 8, index, count].map(u16::to_le_bytes).concat());
+                    let _ = receiver.on_stock_failed(id as u16, total as u32);
+                    None
+                }
+                2 => {
+                    bytes.extend([id, index, count].map(|number| (number as u16).to_le_bytes()).concat());
                     bytes.extend((len as u32).to_le_bytes());
-                    if index == 0 {
-                        bytes.extend(total.to_le_bytes());
-                        bytes.extend((offset % 4).to_le_bytes());
+                    if index as u16 == 0 {
+                        bytes.extend((total as u32).to_le_bytes());
+                        bytes.extend((offset as u32).to_le_bytes());
                         bytes.extend((NAME.len() as u16).to_le_bytes());
                     }
                     bytes.extend(&payload);
                     on_stock(&mut receiver, &bytes).unwrap_or(None)
                 }
                 _ => {
-                    let fragment = Fragment { message_id: small, total_len: total, offset, payload: &payload };
+                    let (total_len, offset) = (total as u32, offset as u32);
+                    let fragment = Fragment { message_id: id, total_len, offset, payload: &payload };
                     ControlMessage { session: 1, body: Body::Fragment(fragment) }.encode_into(&mut bytes);
                     if ControlMessage::decode(&bytes).is_ok() { on_v2(&mut receiver, &bytes).unwrap_or(None) } else { None }
                 }
@@ -216,6 +220,18 @@ proptest! {
     }
 }
 
+/// Numbers of any size, most of which meet each other again and again, or lie at an end of their range.
+fn number() -> impl Strategy<Value = u64> {
+    let edge = |bits: u32| (1u64 << (bits - 1)).wrapping_mul(2).wrapping_sub(1);
+    prop_oneof![
+        8 => 0u64..8,
+        4 => 0u64..300,
+        1 => any::<u64>(),
+        2 => (prop_oneof![Just(8), Just(16), Just(31), Just(32), Just(63), Just(64)], 0u64..3)
+            .prop_map(move |(bits, below)| edge(bits).wrapping_sub(below)),
+    ]
+}
+
 /// Whether something of the same notification is still to come.
 fn is_unfinished(event: &Event, rest: &[Event]) -> bool {
     let id = |event: &Event| match event {
@@ -223,6 +239,49 @@ fn is_unfinished(event: &Event, rest: &[Event]) -> bool {
         Event::Write(id) => *id,
     };
     matches!(event, Event::Fragment(_)) && rest.iter().any(|other| id(other) == id(event))
+}
+
+/// Everything of a transfer that failed after `arrived` writes, in the order of `keys`.
+fn failed_transfer(receiver: &mut Receiver, id: u16, arrived: u32, keys: &[Index]) {
+    const WORD: u64 = u64::MAX;
+    let text = message(id.into(), 20_000);
+    let mut events: Vec<_> =
+        stock_fragments(id, arrived + 3, &text).into_iter().map(Event::Fragment).collect();
+    events.extend((0..arrived).map(|_| Event::Write(id.into())));
+    events.push(Event::Write(WORD));
+    for event in shuffled(events, keys, &[]) {
+        let out = match event {
+            Event::Write(WORD) => receiver.on_stock_failed(id, arrived).map(|()| None),
+            Event::Write(_) => receiver.on_stock_writes(id, 1),
+            Event::Fragment(bytes) => on_stock(receiver, &bytes),
+        };
+        assert!(out.is_err() || out == Ok(None), "the notification of a failed transfer came out");
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_failed_stock_transfer_has_no_notification_and_leaves_nothing(
+        id in 1u16..,
+        arrived in 0u32..20,
+        keys in vec(any::<Index>(), 64),
+    ) {
+        let mut receiver = receiver();
+        failed_transfer(&mut receiver, id, arrived, &keys);
+        prop_assert_eq!(receiver.buffered_bytes(), 0);
+        // The next use of the number waits for its own writes.
+        let text = message(7, 10);
+        prop_assert_eq!(on_stock(&mut receiver, &stock_fragments(id, 1, &text)[0]), Ok(None));
+        prop_assert_eq!(receiver.on_stock_writes(id, 1), Ok(Some(text)));
+    }
+}
+
+#[test]
+fn words_of_failed_transfers_take_bounded_memory() {
+    let mut receiver = receiver();
+    let refused = (1..2000).filter(|&id| receiver.on_stock_failed(id, u32::MAX).is_err()).count();
+    assert!((900..1100).contains(&refused), "{refused}");
+    assert!(receiver.on_stock_failed(0, 0).is_err(), "a number that stand-alone notifications have");
 }
 
 #[test]

@@ -3,8 +3,10 @@
 use super::blob::Bytes;
 use super::serdes::{Reader, Writer, malformed};
 use super::{CONNECTION_INFO_BYTES_MAX, CONTROL_BYTES_MAX};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
+/// In place of the index: the number of another version of the stock wire.
+const VERSION_TAG: &str = "ver";
 const INDEX_TAG: &str = "idx";
 const NAME_TAG: &str = "name";
 const HAS_CONN_TAG: &str = "has_conn";
@@ -97,6 +99,9 @@ impl Handshake {
             return Err(malformed(format!("a handshake has {} bytes", message.len())));
         }
         let mut reader = Reader::new(message)?;
+        if let Some(version) = reader.optional_field(VERSION_TAG)? {
+            return Err(other_version(version, reader.optional_field(NAME_TAG)?.unwrap_or_default()));
+        }
         let index = u16::from_le_bytes(reader.fixed(INDEX_TAG)?);
         let name = reader.field(NAME_TAG)?;
         if name.is_empty() {
@@ -113,4 +118,13 @@ impl Handshake {
         };
         Ok(Self { index, name: name.to_vec(), conn, extension })
     }
+}
+
+fn other_version(version: &[u8], name: &[u8]) -> Error {
+    let version = version.first_chunk().map_or(0, |bytes| u16::from_le_bytes(*bytes));
+    malformed(format!(
+        "agent {} has a C++ plugin whose protocol has version {version}, and this plugin speaks version 1 (NIXL 1.4 and 1.5): \
+         nothing can be sent to it; use the same plugin at both ends",
+        name.escape_ascii()
+    ))
 }

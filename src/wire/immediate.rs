@@ -27,6 +27,13 @@ pub enum Immediate {
         /// The sender's index, or 0 where it is not known yet.
         index: u8,
     },
+    /// Stock, after NIXL 1.5: the word that a transfer has failed comes with it.
+    StockFailure {
+        /// The sender's index.
+        index: u8,
+        /// The transfer id.
+        id: u16,
+    },
     /// Version 2: a control message comes with it.
     Control {
         /// The sender's index, below [`PEERS_MAX`].
@@ -38,6 +45,7 @@ pub enum Immediate {
 pub const PEERS_MAX: u16 = 1 << 14;
 /// Peers that the stock wire can tell apart: give a stock peer an index below this.
 pub const STOCK_PEERS_MAX: u16 = 1 << 8;
+const STOCK_FAILURE: u32 = 1;
 const STOCK_NOTIFICATION: u32 = 2;
 const STOCK_TRANSFER: u32 = 4;
 const STOCK_HANDSHAKE: u32 = 8;
@@ -54,6 +62,7 @@ impl Immediate {
             Self::StockNotification { index, id } => stock(STOCK_NOTIFICATION, index, id),
             Self::StockTransfer { index, id } => stock(STOCK_TRANSFER, index, id),
             Self::StockHandshake { index } => stock(STOCK_HANDSHAKE, index, 0),
+            Self::StockFailure { index, id } => stock(STOCK_FAILURE, index, id),
             Self::Control { peer } => {
                 debug_assert!(peer < PEERS_MAX, "a field of 14 bits");
                 CONTROL | (u32::from(peer) & LOW_14) << 4
@@ -72,6 +81,7 @@ impl Immediate {
             STOCK_NOTIFICATION => Self::StockNotification { index, id },
             STOCK_TRANSFER => Self::StockTransfer { index, id },
             STOCK_HANDSHAKE => Self::StockHandshake { index },
+            STOCK_FAILURE => Self::StockFailure { index, id },
             CONTROL => Self::Control { peer },
             kind => return Err(malformed(format!("immediate data {bits:#x} has the unknown type {kind}"))),
         })

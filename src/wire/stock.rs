@@ -42,6 +42,12 @@ pub struct StockFirst {
     pub name_len: u16,
 }
 
+/// Writes of a failed transfer that have arrived or will: the whole of the message that says so.
+pub fn final_writes(message: &[u8]) -> Result<u32> {
+    let count = Bytes(message).take().map(u32::from_le_bytes);
+    count.ok_or_else(|| malformed(format!("the word of a failed transfer has only {} bytes", message.len())))
+}
+
 impl<'a> StockFragment<'a> {
     /// Reads a fragment and checks what can be checked of it alone.
     pub fn decode(message: &'a [u8]) -> Result<Self> {

@@ -74,6 +74,7 @@ proptest! {
             Immediate::StockNotification { index, id },
             Immediate::StockTransfer { index, id },
             Immediate::StockHandshake { index },
+            Immediate::StockFailure { index, id },
             Immediate::Control { peer },
         ] {
             prop_assert_eq!(Immediate::decode(immediate.encode().into()).unwrap(), immediate);
@@ -195,13 +196,33 @@ fn fragments_have_the_stock_bytes() {
 }
 
 #[test]
+fn the_word_of_a_failed_transfer_has_the_stock_bytes() {
+    assert_eq!(Immediate::decode(0x0123_4ab1).unwrap(), Immediate::StockFailure { index: 0xab, id: 0x1234 });
+    assert_eq!(stock::final_writes(b"\x05\0\0\x80").unwrap(), 0x8000_0005);
+    assert_eq!(stock::final_writes(b"\xff\xff\xff\xffmore").unwrap(), u32::MAX);
+    assert!(stock::final_writes(b"\x05\0\0").unwrap_err().to_string().contains("3 bytes"));
+}
+
+#[test]
+fn a_handshake_of_another_version_is_refused_by_name_and_version() {
+    let mut writer = Writer::new();
+    writer.field("ver", &2u16.to_le_bytes());
+    let bare = Handshake::decode(&writer.clone().finish()).unwrap_err().to_string();
+    assert!(bare.contains("version 2"), "{bare}");
+    writer.field("name", b"prefill-0");
+    writer.field("has_conn", &[0]);
+    let words = Handshake::decode(&writer.finish()).unwrap_err().to_string();
+    assert!(words.contains("agent prefill-0") && words.contains("version 2"), "{words}");
+}
+
+#[test]
 fn immediates_have_the_stock_bits() {
     assert_eq!(Immediate::StockTransfer { index: 0xab, id: 0x1234 }.encode(), 0x0123_4ab4);
     assert_eq!(Immediate::StockNotification { index: 1, id: 0 }.encode(), 0x12);
     assert_eq!(Immediate::StockHandshake { index: 0 }.encode(), 0x8);
     // The sequence bits, which receivers do not use, may hold anything.
     assert_eq!(Immediate::decode(0xf000_0004).unwrap(), Immediate::StockTransfer { index: 0, id: 0 });
-    for unknown in [0, 1, 3, 0xf, 1 << 32 | 4] {
+    for unknown in [0, 3, 0xf, 1 << 32 | 4] {
         assert!(Immediate::decode(unknown).is_err(), "{unknown:#x}");
     }
 }
