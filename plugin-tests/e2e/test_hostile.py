@@ -7,12 +7,13 @@ import subprocess
 import pytest
 
 from bed.places import TARGET, Host
-from bed.raw import blob, endpoint_name, field
+from bed.raw import RawReceiver, blob, endpoint_name, field
 
 pytestmark = pytest.mark.tcp
 MIB = 1 << 20
 NOTIFICATION, TRANSFER, HANDSHAKE = 2, 4, 8
 CONTROL_2, TRANSFER_2 = 11, 13
+STAGING_2, FRAGMENT_2 = 5, 6
 ALL_ONES = 0xFFFF_FFFF
 
 
@@ -145,4 +146,79 @@ def test_dropped_messages_are_logged(bed):
     victim = bed.agent("victim", progress_thread=True)
     throw(bed, victim, [(immediate(NOTIFICATION, 1), b"12345"), (immediate(HANDSHAKE), handshake(connection=connection_info(b"-1")))])
     victim.call("receive", 1, 1)
-    assert "WARN" in victim.log_text()
+    dropped = [line for line in victim.log_text().splitlines() if "WARN" in line and "dropped what a peer sent: " in line]
+    assert [any(why in line for line in dropped) for why in ("fragment of 5 bytes is cut short", "`-1` rails")] == [True, True], dropped
+
+
+class Impostor:
+    """A peer that the victim speaks version 2 with, and that is no agent: what it says reaches the victim's real receiver."""
+
+    def __init__(self, bed, victim):
+        self.bed, self.victim, self.session = bed, victim, 0x5E55_1014
+        self.raw = RawReceiver(bed.network.space(0), victim.host.libfabric)
+        model = bed.agent("impostor", progress_thread=True)
+        self.name = model.name
+        metadata = model.call("metadata")
+        victim.call("add_remote", metadata.replace(endpoint_name(metadata), self.raw.name[:16]))
+        ((_, _, hello),) = self.raw.events(1)
+        (self.index,) = struct.unpack_from("<H", hello, hello.index(b"idx") + 3 + 8)
+        (theirs,) = struct.unpack_from("<Q", hello, hello.index(b"nlf_hs") + 6 + 8 + 4)
+        extension = field(b"nlf_hs", struct.pack("<HHQQ", 1, 0, self.session, theirs))
+        throw(bed, victim, [(immediate(HANDSHAKE), handshake(7, self.name.encode()) + extension)])
+
+    def say(self, *bodies):
+        messages = [(CONTROL_2 | self.index << 4, control(kind, self.session, body)) for kind, body in bodies]
+        assert throw(self.bed, self.victim, messages) == len(messages)
+
+    def close(self):
+        self.raw.close()
+
+
+def piece(number, total, offset, payload):
+    return FRAGMENT_2, struct.pack("<QII", number, total, offset) + payload
+
+
+def staging(what, body):
+    return STAGING_2, struct.pack("<B3x", what) + body
+
+
+EDGES_64 = (0, 1, (1 << 32) - 1, 1 << 63, (1 << 64) - 1)
+PIECES = [
+    piece(number, total, offset, payload)
+    for number in EDGES_64 for total in (0, 1, 8000, 1 << 31, ALL_ONES) for offset in (0, 1, 7999, ALL_ONES) for payload in (b"", b"x", bytes(8000))
+    # All but whole ones, which are notifications whatever their number.
+    if total != len(payload) or offset or not number
+]
+REGION = blob(field(b"key_0", b"\xff" * 8), field(b"addr", b"\xff" * 8))
+STAGING = [
+    *[staging(what, body) for what in (0, 1, 5, 255) for body in (b"", bytes(4), b"\xff" * 4000)],
+    *[staging(2, struct.pack("<IH", size, slots) + region) for size in (0, 1, 4095, 4096, ALL_ONES) for slots in (0, 1, 0xFFFF) for region in (b"", REGION)],
+    *[staging(3, struct.pack("<QQIHB", ticket, address, size, slot, into))
+      for ticket in (0, EDGES_64[-1]) for address in EDGES_64 for size in (0, 1, ALL_ONES) for slot in (0, 0xFFFF) for into in (0, 1, 255)],
+    *[staging(4, struct.pack("<Q", ticket) + text) for ticket in EDGES_64 for text in (b"", b"\xff\0 not text", bytes(8000))],
+    *[staging(what, bytes(size)) for what in (2, 3, 4) for size in (0, 1, 5, 22)],
+]
+
+
+@pytest.mark.ours
+@pytest.mark.parametrize("staged", [False, True], ids=["plain", "staged"])
+def test_a_peer_that_says_impossible_things(bed, progress, staged):
+    first, second = bed.pair(progress_thread=progress, vram_staging=staged)
+    impostor = Impostor(bed, second)
+    try:
+        impostor.say(piece(1, 6, 0, b"before"))
+        assert second.call("receive", 1, 30) == [(impostor.name, b"before")]
+        for bodies in (PIECES, STAGING):
+            impostor.say(*bodies)
+            second.call("receive", 1000, 0.5)
+            assert "dropped what a peer sent: " in second.log_text()
+        # It is still listened to, and so is everybody else.
+        impostor.say(piece(77, 10, 4, b" after"), piece(77, 10, 0, b"soon"))
+        assert second.call("receive", 1, 30) == [(impostor.name, b"soon after")]
+    finally:
+        impostor.close()
+    source, target = first.buffer(MIB, seed=1), second.buffer(MIB)
+    first.knows(second)
+    first.transfer("WRITE", [source[:]], [target[:]], second, b"whole")
+    second.receives(b"whole", sender=first)
+    target.check(1)
