@@ -34,6 +34,7 @@ STOCK_VALUES = {"split_batch_size": "0", "num_threads": "9999", "post_queue_size
 def test_what_the_stock_plugin_starts_with_is_a_warning(bed):
     first, second = bed.pair(progress_thread=True, **STOCK_VALUES)
     source, target = first.buffer(4 * MIB, seed=1), second.buffer(4 * MIB)
+    first.knows(second)
     first.transfer("WRITE", [source[:]], [target[:]], second, b"all")
     second.receives(b"all", sender=first)
     target.check(1)
