@@ -11,9 +11,9 @@ from bed.raw import RawReceiver, blob, endpoint_name, field
 
 pytestmark = pytest.mark.tcp
 MIB = 1 << 20
-NOTIFICATION, TRANSFER, HANDSHAKE = 2, 4, 8
-CONTROL_2, TRANSFER_2 = 11, 13
-STAGING_2, FRAGMENT_2 = 5, 6
+FAILURE, NOTIFICATION, TRANSFER, HANDSHAKE = 1, 2, 4, 8
+CONTROL_2 = 11
+FRAGMENT_2, STAGING_2 = 1, 2
 ALL_ONES = 0xFFFF_FFFF
 
 
@@ -70,8 +70,9 @@ def scripted():
         for kind, bodies in ((NOTIFICATION, NOTIFICATIONS), (HANDSHAKE, HANDSHAKES), (CONTROL_2, CONTROLS)):
             for body in bodies:
                 yield immediate(kind, index), body
-        for kind in (TRANSFER, TRANSFER_2):
-            yield immediate(kind, index, 0xFFFF), b""
+        for kind in (TRANSFER, FAILURE):
+            for body in (b"", b"123", b"\xff" * 4, bytes(8000)):
+                yield immediate(kind, index, 0xFFFF), body
     for kind in range(16):
         yield immediate(kind, 3, 77), b"a kind of message"
     yield ALL_ONES, b"?"
