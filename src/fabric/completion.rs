@@ -29,6 +29,8 @@ pub enum Completion {
     MoveFailed {
         /// The share.
         share: u32,
+        /// Bytes that it was to move.
+        bytes: u64,
         /// Why.
         error: Box<CompletionError>,
     },
@@ -266,14 +268,14 @@ impl Endpoint {
     fn failed(&mut self, context: *mut c_void, error: Box<CompletionError>) -> Option<Completion> {
         match self.slots.context_of(context) {
             Some(Context::Operation(index)) => {
-                let Some((share, _)) = self.slots.release(index) else {
+                let Some((share, len)) = self.slots.release(index) else {
                     self.completed_twice("operation", index);
                     return None;
                 };
                 if let Some(peer) = self.shares.finished(share, 1) {
                     self.peers.finished(peer, 1);
                 }
-                Some(Completion::MoveFailed { share, error })
+                Some(Completion::MoveFailed { share, bytes: len.into(), error })
             }
             Some(Context::Buffer(buffer)) => {
                 let operation = self.release_buffer(buffer)?;

@@ -43,12 +43,18 @@ struct Share {
     /// Operations posted and not settled. The endpoint counts those in flight; of some it may have told already what was
     /// not looked at yet.
     posted: u32,
-    /// Bytes posted and not completed.
-    bytes: u64,
     /// It stands in the queue of shares with something to claim or to post.
     queued: bool,
-    /// It ran dry at least once.
-    dry: bool,
+    fed: Fed,
+}
+
+/// How a share has been supplied with operations.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fed {
+    NotYet,
+    /// It never ran dry.
+    Enough,
+    RanDry,
 }
 
 enum Turn {
@@ -58,6 +64,15 @@ enum Turn {
     Blocked,
     /// Its share of this turn is used up.
     Yielded,
+}
+
+enum Claim {
+    /// There is something to post.
+    Taken,
+    /// Every operation of the work is somebody's, or it was given up.
+    NothingLeft,
+    /// The rail holds as much of shared work as it may.
+    WindowFull,
 }
 
 pub(super) struct Core {
@@ -269,9 +284,8 @@ impl Core {
             shared,
             claimed: 0..0,
             posted: 0,
-            bytes: 0,
             queued: true,
-            dry: false,
+            fed: Fed::NotYet,
         };
         self.turns.push_back(self.shares.insert(share));
     }
@@ -300,7 +314,9 @@ impl Core {
     fn complete(&mut self, completion: Completion, events: &mut Vec<Event>) {
         match completion {
             Completion::Moved { share, count, bytes } => self.moved(share, count, bytes, events),
-            Completion::MoveFailed { share, error } => self.move_failed(share, Error::from(*error), events),
+            Completion::MoveFailed { share, bytes, error } => {
+                self.move_failed(share, bytes, Error::from(*error), events);
+            }
             Completion::Sent { buffer, error } => {
                 self.counters.messages_sent += 1;
                 let error = error.map(|e| Error::from(*e));
@@ -340,48 +356,39 @@ impl Core {
         };
         *operations += u64::from(count);
         *moved += bytes;
-        share.bytes -= bytes;
         let entry = self.destinations.get(share.destination);
         entry.reached = true;
         entry.completed(None, self.now);
-        self.settled(key as usize, count, events);
+        self.settled(key as usize, count, bytes, events);
     }
 
-    fn move_failed(&mut self, key: u32, error: Error, events: &mut Vec<Event>) {
+    fn move_failed(&mut self, key: u32, bytes: u64, error: Error, events: &mut Vec<Event>) {
         self.counters.errors += 1;
         let Some(share) = self.shares.get_mut(key as usize) else { return };
         self.destinations.get(share.destination).completed(Some(&error), self.now);
         let work = Arc::clone(&share.work);
         // Other rails may go on with theirs; what is in flight here settles as it completes.
         work.fail(error, events);
-        self.settled(key as usize, 1, events);
+        self.settled(key as usize, 1, bytes, events);
     }
 
-    /// Operations of a share are over. It is queued again where it may take more.
-    fn settled(&mut self, key: usize, count: u32, events: &mut Vec<Event>) {
+    /// Operations of a share are over.
+    fn settled(&mut self, key: usize, count: u32, bytes: u64, events: &mut Vec<Event>) {
         let share = &mut self.shares[key];
         share.posted -= count;
+        if share.shared {
+            self.window.settled(count, bytes);
+        }
         let posted = share.posted;
         if posted == 0 && share.claimed.is_empty() {
             // Before the work is said to be over: the host may then take its memory back.
             self.endpoint.end(key as u32);
         }
         let work = Arc::clone(&share.work);
-        let over = work.settle(count);
-        if !share.queued {
-            let more = !over && work.has_unclaimed();
-            if more && posted == 0 && share.shared {
-                self.window.ran_dry();
-                share.dry = true;
-            }
-            if more && posted <= self.window.operations() / 2 {
-                share.queued = true;
-                self.turns.push_back(key);
-            } else if posted == 0 {
-                self.remove_share(key);
-            }
+        if posted == 0 && !share.queued {
+            self.remove_share(key);
         }
-        if over {
+        if work.settle(count) {
             events.push(Event::WorkOver { work });
         }
     }
@@ -389,7 +396,7 @@ impl Core {
     /// Takes out a share that holds nothing.
     fn remove_share(&mut self, key: usize) {
         let share = self.shares.remove(key);
-        if share.shared && !share.dry {
+        if share.shared && share.fed == Fed::Enough {
             self.window.sufficed();
         }
         self.endpoint.end(key as u32);
@@ -442,8 +449,12 @@ impl Core {
                 return Turn::Blocked;
             }
             let room = room.min(left);
-            if share.claimed.is_empty() && !self.claim(key, room) {
-                return Turn::Rests;
+            if share.claimed.is_empty() {
+                match self.claim(key, room) {
+                    Claim::Taken => {}
+                    Claim::NothingLeft => return Turn::Rests,
+                    Claim::WindowFull => return Turn::Yielded,
+                }
             }
             let count = room.min(self.shares[key].claimed.len() as u32);
             match self.post_claimed(key, count, batch, posted) {
@@ -461,21 +472,26 @@ impl Core {
         Turn::Yielded
     }
 
-    /// Takes operations of a share's work, as many as there is room for; `false` if there is nothing to take now.
-    fn claim(&mut self, key: usize, room: u32) -> bool {
+    /// Takes operations of a share's work, as many as there is room for.
+    fn claim(&mut self, key: usize, room: u32) -> Claim {
         let share = &mut self.shares[key];
         let (mut operations, mut bytes) = (room, u64::MAX);
         if share.shared {
-            operations = operations.min(self.window.operations().saturating_sub(share.posted));
-            bytes = self.window.bytes().saturating_sub(share.bytes);
+            let Some((window_operations, window_bytes)) = self.window.room() else {
+                return Claim::WindowFull;
+            };
+            (operations, bytes) = (operations.min(window_operations), window_bytes);
         }
-        if operations == 0 || (bytes == 0 && share.posted > 0) {
-            return false;
-        }
-        let Some((list, claimed)) = share.work.claim(operations, bytes) else { return false };
+        let Some((list, claimed)) = share.work.claim(operations, bytes) else { return Claim::NothingLeft };
         share.claimed = claimed;
+        if share.fed == Fed::NotYet {
+            share.fed = Fed::Enough;
+        } else if share.shared && self.window.is_empty() {
+            self.window.ran_dry();
+            share.fed = Fed::RanDry;
+        }
         if share.posted > 0 {
-            return true;
+            return Claim::Taken;
         }
         // The number of the share is not in use at the endpoint while it holds nothing.
         self.endpoint.end(key as u32);
@@ -483,7 +499,7 @@ impl Core {
         if let Err(e) = self.endpoint.begin(key as u32, list, share.lane, address, None) {
             log::error!("rail {}: {e}", self.id);
         }
-        true
+        Claim::Taken
     }
 
     /// Posts the next `count` operations that were claimed; gives how many went through.
@@ -495,7 +511,9 @@ impl Core {
         if outcome.count > 0 {
             share.claimed.start += outcome.count;
             share.posted += outcome.count;
-            share.bytes += outcome.bytes;
+            if share.shared {
+                self.window.posted(outcome.count, outcome.bytes);
+            }
             self.destinations.get(share.destination).last_progress = self.now;
             *posted += outcome.count as usize;
         }
@@ -540,7 +558,10 @@ impl Core {
                     let share = &mut self.shares[key as usize];
                     share.claimed.start += 1;
                     share.posted += 1;
-                    self.settled(key as usize, 1, events);
+                    if share.shared {
+                        self.window.posted(1, 0);
+                    }
+                    self.settled(key as usize, 1, 0, events);
                 }
             }
         }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result, Status};
+use crate::fabric::efa::NETWORK_HELP;
 use crate::fabric::{Endpoint, FiAddr, InFlight};
 
 /// How long a peer whose connection broke may take to accept a new one.
@@ -59,7 +60,7 @@ impl Entry {
         }
         Some(Error::disconnected(format!(
             "it completed nothing within {} ms (connect_timeout_ms) of the first operation: is it alive, and does its \
-             progress thread run or its application call NIXL?",
+             progress thread run or its application call NIXL? {NETWORK_HELP}",
             timeout.as_millis()
         )))
     }

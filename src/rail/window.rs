@@ -4,6 +4,8 @@
 //! between two looks at it. How long that is depends on who drives, so it is learned: a rail that ran dry while there
 //! was more to take may hold twice as much, one that did not a little less.
 
+use crate::fabric::BATCH_WRITES_MAX;
+
 /// Operations and bytes that a rail may hold at first: at 100 Gb/s and some 20 us to a peer and back about 250 KB are
 /// under way, and few devices complete more than 128 operations in that time.
 const OPERATIONS_MIN: u32 = 128;
@@ -14,17 +16,34 @@ const LEVEL_MAX: u32 = 10;
 #[derive(Debug, Default)]
 pub(super) struct Window {
     level: u32,
+    operations: u32,
+    bytes: u64,
 }
 
 impl Window {
-    /// Operations that the rail may hold.
-    pub fn operations(&self) -> u32 {
-        OPERATIONS_MIN << self.level
+    /// Whether nothing of shared work is in flight.
+    pub fn is_empty(&self) -> bool {
+        self.operations == 0
     }
 
-    /// Bytes that the rail may hold.
-    pub fn bytes(&self) -> u64 {
-        BYTES_MIN << self.level
+    /// Operations and bytes that the rail may take now. None where that would be less than fills a doorbell's batch and
+    /// what is in flight makes room for more.
+    pub fn room(&self) -> Option<(u32, u64)> {
+        let operations = (OPERATIONS_MIN << self.level).saturating_sub(self.operations);
+        let bytes = (BYTES_MIN << self.level).saturating_sub(self.bytes);
+        (self.is_empty() || (operations >= BATCH_WRITES_MAX && bytes > 0)).then_some((operations, bytes))
+    }
+
+    /// So much is in flight.
+    pub fn posted(&mut self, operations: u32, bytes: u64) {
+        self.operations += operations;
+        self.bytes += bytes;
+    }
+
+    /// So much no longer is.
+    pub fn settled(&mut self, operations: u32, bytes: u64) {
+        self.operations -= operations;
+        self.bytes -= bytes;
     }
 
     /// The rail had nothing in flight, and there was more to take.
@@ -45,16 +64,29 @@ mod tests {
     #[test]
     fn it_follows_what_the_rail_needs_and_stays_within_bounds() {
         let mut window = Window::default();
-        let first = (window.operations(), window.bytes());
+        let first = window.room().unwrap();
         window.ran_dry();
-        assert_eq!((window.operations(), window.bytes()), (first.0 * 2, first.1 * 2));
+        assert_eq!(window.room().unwrap(), (first.0 * 2, first.1 * 2));
         for _ in 0..100 {
             window.ran_dry();
         }
-        assert_eq!(window.bytes(), 2 << 30);
+        assert_eq!(window.room().unwrap().1, 2 << 30);
         for _ in 0..100 {
             window.sufficed();
         }
-        assert_eq!((window.operations(), window.bytes()), first);
+        assert_eq!(window.room(), Some(first));
+    }
+
+    #[test]
+    fn it_waits_for_room_that_is_worth_a_doorbell() {
+        let mut window = Window::default();
+        window.posted(OPERATIONS_MIN - BATCH_WRITES_MAX + 1, 4096);
+        assert_eq!(window.room(), None);
+        window.settled(1, 0);
+        assert!(window.room().is_some());
+        window.posted(1, BYTES_MIN);
+        assert_eq!(window.room(), None, "bytes count, too");
+        window.settled(OPERATIONS_MIN - BATCH_WRITES_MAX + 1, BYTES_MIN + 4096);
+        assert!(window.is_empty() && window.room().is_some());
     }
 }

@@ -112,11 +112,6 @@ impl Work {
         self.stopped.load(Ordering::Relaxed)
     }
 
-    /// Whether something is nobody's yet.
-    pub(super) fn has_unclaimed(&self) -> bool {
-        self.lock().next < self.len
-    }
-
     /// Takes operations: of `operations_max` at the most, as many as have `bytes_max`, but one at least.
     pub(super) fn claim(&self, operations_max: u32, bytes_max: u64) -> Option<(Arc<RmaList>, Range<u32>)> {
         let mut claims = self.lock();
