@@ -123,6 +123,8 @@ def test_seventy_thousand_notified(bed, efa, progress):
 @pytest.mark.parametrize(("near", "far"), [(32, 4), (4, 32)])
 def test_unequal_hosts(bed, host, efa, progress, near, far):
     """32 devices on one side and 4 on the other: each rail that memory of the smaller side lies on carries its part."""
+    if not efa.writes:
+        pytest.skip("a p4d has 4 devices")
     efa.devices = near
     first = bed.agent("first", progress_thread=progress, max_bw_per_dram_seg=1_000_000)
     efa.devices = far
