@@ -56,14 +56,18 @@ e2e-versions: setup plugin ## the heart of them again on Debian's libfabric
 softefa: ## build the software EFA device, see plugin-tests/softefa/README.md
 	cargo build --release -p softefa
 
+# With libfabric's own shared memory left on, as it is where nobody turned it off; `make e2e-efa-all` runs without.
 e2e-efa: setup plugin softefa ## the heart of the end-to-end tests on software EFA devices, both fabrics of the provider
-	$(E2E) -q --network=efa -k "not ($(EFA_LONG))" plugin-tests/e2e/test_efa.py plugin-tests/e2e/test_transfer.py
+	$(E2E) -q --network=efa --shm -k "not ($(EFA_LONG))" plugin-tests/e2e/test_efa.py plugin-tests/e2e/test_transfer.py
 	$(E2E) -q --network=efa-direct -k "(done_means or silent or random_lists) and progress-on" plugin-tests/e2e/test_efa.py plugin-tests/e2e/test_transfer.py
+	$(E2E) -q --network=efa --topology=p4d.24xlarge -k "become or (done_means or memory_is_only or device_that) and progress-on" plugin-tests/e2e/test_efa.py
 
 e2e-efa-all: setup plugin softefa ## all of them: 4 and 32 devices, both fabrics, two libfabrics; about an hour
 	$(E2E) -q --network=efa --libfabric=2.5.1,2.4.0 $(EFA_TESTS) $(ARGS)
 	$(E2E) -q --network=efa --devices=32 $(EFA_TESTS) $(ARGS)
 	$(E2E) -q --network=efa-direct $(EFA_TESTS) $(ARGS)
+	$(E2E) -q --network=efa --topology=p4d.24xlarge plugin-tests/e2e/test_efa.py $(ARGS)
+	$(E2E) -q --network=efa -k "does_not_look or devices_write" plugin-tests/e2e/test_interop.py $(ARGS)
 
 soak: setup plugin softefa ## random work on software EFA devices until it is stopped: ARGS="--seed 7 --rounds 1 --minutes 60"
 	$(PYTHON) plugin-tests/soak.py $(ARGS)

@@ -18,6 +18,7 @@ def pytest_addoption(parser):
     group.addoption("--nixl", choices=NIXL_VERSIONS, default=NIXL_VERSIONS[0], help="version of the nixl-cu12 wheel")
     group.addoption("--network", choices=NETWORKS, default="tcp", help="tcp over Ethernet links, or a fabric of software EFA devices")
     group.addoption("--devices", type=int, default=4, help="EFA devices of each host")
+    group.addoption("--topology", default="p5.48xlarge", help="instance type that the EFA devices are of; a p4d.24xlarge cannot write")
     group.addoption("--shm", action="store_true", help="let the efa provider have its shared memory, which is its default")
     group.addoption("--seed", type=int, default=1, help="decides order and faults of the EFA devices")
     group.addoption("--libfabric", default=NEWEST_LIBFABRIC,
@@ -133,7 +134,7 @@ class Bed:
 def efa(request):
     """A network of software EFA devices, new for each test: no fault and no counter of another test is in it."""
     option = request.config.getoption
-    network = SoftEfa(option("devices"), option("network"), seed=option("seed"), shm=option("shm"))
+    network = SoftEfa(option("devices"), option("network"), option("topology"), seed=option("seed"), shm=option("shm"))
     yield network
     network.close()
 

@@ -39,6 +39,7 @@ pub(super) fn open(
     let path = Some(Path::new(&config.libfabric_path)).filter(|path| !path.as_os_str().is_empty());
     let library = library.map_or_else(|| Libfabric::load(path), Ok)?;
     let use_wait_fd = init.progress_thread && config.wait != Wait::Sleep;
+    vram::lead_to_cudart();
     let (found, rails) = vram::in_application_context(|| {
         let mut found = discover::find(&library, &config)?;
         let rails = open_rails(&library, &mut found, &config, use_wait_fd)?;

@@ -15,6 +15,7 @@ use crate::error::{Error, Result, Status};
 use crate::fabric::{Dmabuf, Hmem, MemoryRange, RegisteredBuffer, Version, next_key};
 use crate::memory::{Memory, Registration};
 use crate::rail::Rail;
+use crate::sys::cudart::Cudart;
 use crate::types::{Desc, MemKind, PciAddress, RailId};
 
 /// The libfabric API that takes a dmabuf (`FI_MR_DMABUF`, `fi_mr(3)`).
@@ -57,6 +58,16 @@ pub(super) fn in_application_context<R>(work: impl FnOnce() -> R) -> R {
     }
 }
 
+/// Puts the CUDA runtime library in libfabric's way, which looks for it once, when it is first asked for devices.
+pub(super) fn lead_to_cudart() {
+    if Runtime::is_likely()
+        && Cuda::get().is_ok()
+        && let Cudart::Led(name) = Cudart::provide()
+    {
+        log::info!("libfabric is led to {name}, for it looks for libcudart.so");
+    }
+}
+
 impl Vram {
     /// Finds out what can be done on these rails.
     pub fn find(rails: &[Arc<Rail>], found: &Found, staging: bool) -> Self {
@@ -66,6 +77,7 @@ impl Vram {
         match (&runtime, staged) {
             (Ok(runtime), _) => log::debug!("VRAM is {}", describe_runtime(*runtime)),
             (Err(why), Some(_)) => log::info!("VRAM moves through host memory (vram_staging): {why}"),
+            (Err(why), None) if wants_cudart() => log::warn!("no VRAM: {why}"),
             (Err(why), None) => log::debug!("no VRAM: {why}"),
         }
         let (told, context) = (Mutex::default(), OnceLock::new());
@@ -308,9 +320,10 @@ fn usable_runtime(rails: &[Arc<Rail>], found: &Found) -> Result<Runtime> {
     }
     if let Some(rail) = rails.iter().find(|rail| !rail.device().has_hmem()) {
         return Err(Error::not_supported(format!(
-            "provider {} on {} cannot register accelerator memory (FI_HMEM); set vram_staging, or copy it to host memory",
+            "provider {} on {} cannot register accelerator memory (FI_HMEM){}; set vram_staging, or copy it to host memory",
             rail.device().provider(),
             names(&found.devices),
+            cudart_hint(),
         )));
     }
     let runtime = Runtime::get()?;
@@ -323,12 +336,29 @@ fn usable_runtime(rails: &[Arc<Rail>], found: &Found) -> Result<Runtime> {
     }
     if found.software && !knows_interface(&rails[0], runtime) {
         return Err(Error::not_supported(format!(
-            "libfabric at hand was built without {}, so its provider {} cannot register accelerator memory",
+            "libfabric at hand was built without {}, so its provider {} cannot register accelerator memory{}",
             if matches!(runtime, Runtime::Cuda(_)) { "CUDA" } else { "Neuron" },
-            rails[0].device().provider()
+            rails[0].device().provider(),
+            cudart_hint(),
         )));
     }
     Ok(runtime)
+}
+
+/// Whether GPU memory may be missing for want of the CUDA runtime library alone.
+fn wants_cudart() -> bool {
+    Runtime::is_likely() && matches!(Cudart::provide(), Cudart::Missing(_))
+}
+
+/// What an operator does about that, as the end of a sentence.
+fn cudart_hint() -> String {
+    match Cudart::provide() {
+        Cudart::Missing(why) if Runtime::is_likely() => format!(
+            ". libfabric needs the CUDA runtime library for that, as libcudart.so, and {why}: install it, or put a link of \
+             that name to it into a folder of LD_LIBRARY_PATH"
+        ),
+        _ => String::new(),
+    }
 }
 
 /// Whether a software provider knows the runtime. They offer `FI_HMEM` whatever libfabric was built with, and refuse an

@@ -33,7 +33,7 @@ pub struct EndpointOptions {
     pub buffers: u32,
     /// RMA operations in flight at a time.
     pub operations: u32,
-    /// Entries of the transmit queue; `None` takes the device's.
+    /// Entries of the transmit queue; `None` takes the device's, or what suits it ([`efa::tx_size`]).
     pub tx_size: Option<usize>,
     /// Entries of the receive queue, at most the device's; `None` takes all of them.
     pub rx_size: Option<usize>,
@@ -296,7 +296,7 @@ fn open_ep(domain: &Domain, device: &Device, options: &EndpointOptions) -> Opene
         // Writes name FI_DELIVERY_COMPLETE themselves. As a default the efa provider adds it to messages, too, whatever
         // their own flags, and then they wait for a receipt: for ever, if the peer dies after its NIC took the message.
         (*tx).op_flags = op_flags & !sys::FI_DELIVERY_COMPLETE;
-        (*tx).size = options.tx_size.unwrap_or(tx_size);
+        (*tx).size = options.tx_size.unwrap_or_else(|| efa::tx_size(device));
         (*rx).size = options.rx_size.map_or(rx_size, |size| size.min(rx_size));
         let status = match (*(*fid).ops).endpoint {
             Some(open) => open(fid, info, &raw mut ep, ptr::null_mut()),

@@ -106,11 +106,12 @@ pub(super) struct Core {
 impl Core {
     pub fn open(id: RailId, domain: &Arc<Domain>, device: &Device, limits: &RailLimits) -> Result<Self> {
         let batches = efa::batches_writes(device, domain.library().version());
+        let transmits = efa::tx_size(device) as u32;
         let operations = match limits.operations_max {
             // A batch must not be put off in the middle: the other half of the queue is for messages and for what the
             // provider sends by itself.
-            0 if batches => (device.tx_size() as u32 / 2).clamp(1, OPERATIONS_MAX),
-            0 => (device.tx_size() as u32).clamp(OPERATIONS_MIN, OPERATIONS_MAX),
+            0 if batches => (transmits / 2).clamp(1, OPERATIONS_MAX),
+            0 => transmits.clamp(OPERATIONS_MIN, OPERATIONS_MAX),
             n => n,
         };
         let buffers = limits.receive_buffers + limits.send_buffers;

@@ -15,7 +15,7 @@ pub struct Library {
 
 /// What `dlopen` gave. It is only ever passed back to the loader.
 #[derive(Debug, Clone, Copy)]
-struct Handle(*mut c_void);
+pub(super) struct Handle(*mut c_void);
 
 // SAFETY: the dynamic loader takes its own lock; a handle that is never closed may be used from any thread.
 unsafe impl Send for Handle {}
@@ -130,7 +130,7 @@ pub fn file_of(address: usize) -> Option<PathBuf> {
     Some(OsStr::from_bytes(path.to_bytes()).into())
 }
 
-fn dlopen(name: &OsStr, flags: c_int) -> Result<Handle, String> {
+pub(super) fn dlopen(name: &OsStr, flags: c_int) -> Result<Handle, String> {
     let text = CString::new(name.as_bytes()).map_err(|_| format!("{}: name holds a NUL", name.display()))?;
     // SAFETY: the name is a C string. Constructors of the library run here: that is what loading it means.
     let handle = unsafe { libc::dlopen(text.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL | flags) };

@@ -1,6 +1,7 @@
 //! Foreign tables loaded at run time: libfabric, hwloc, libcuda, libnrt. The only foreign struct layouts.
 
 pub mod cuda;
+pub mod cudart;
 pub mod dl;
 pub mod event;
 pub mod hwloc;

@@ -53,6 +53,11 @@ class SoftEfa:
         self.devices, self.hosts, self.shm = devices, hosts, shm
         self.folder = Path(tempfile.mkdtemp(prefix="softefa-", dir="/dev/shm"))
 
+    @property
+    def writes(self):
+        """Whether the devices have RDMA write. A p4d's have not: libfabric lets the target read what is written."""
+        return not self.topology.startswith("p4d")
+
     def host(self, index, devices=None):
         return SoftHost(self, f"h{index}", devices or self.devices)
 

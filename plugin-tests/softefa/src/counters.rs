@@ -44,6 +44,7 @@ counters! {
     retrans_timeout_events: "Times that a sender gave up waiting and sent again.",
     unresponsive_remote_events: "Operations given up because the remote did not answer.",
     impaired_remote_conn_events: "Connections that run below their speed; never counted here.",
+    softefa_registered_bytes: "Bytes registered since the device was there; what was deregistered counts, too.",
     softefa_posted_wrs: "Work requests posted to send queues.",
     softefa_doorbells: "Times that a send queue's doorbell rang: one for all requests between `wr_start` and `wr_complete`.",
     softefa_cq_overruns: "Completions lost because their completion queue was full.",

@@ -6,6 +6,7 @@ use super::device::Context;
 use super::fail;
 use crate::abi::efadv::efadv_ah_attr;
 use crate::abi::verbs as v;
+use crate::counters::add;
 use crate::cuda;
 use crate::dmabuf;
 use crate::engine::Engine;
@@ -120,9 +121,13 @@ fn register(
 ) -> *mut v::ibv_mr {
     // SAFETY: the context of the caller's domain.
     let index = unsafe { Context::of(context) }.index;
-    let key = engine.lock().device(index).and_then(|device| device.registrations.insert(registration));
-    let Some(key) = key else { return fail(libc::ENOMEM) };
     let Registration { iova, length, .. } = registration;
+    let key = engine.lock().device(index).and_then(|device| {
+        let key = device.registrations.insert(registration)?;
+        add(&device.table.counters.softefa_registered_bytes, length);
+        Some(key)
+    });
+    let Some(key) = key else { return fail(libc::ENOMEM) };
     let record = Record { device: index as u16, id: iova, length, extra: key, ..Record::default() };
     trace::note(Event::Register, record);
     Box::into_raw(Box::new(v::ibv_mr {
