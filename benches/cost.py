@@ -151,7 +151,8 @@ def number(value):
 def cost_table(plugins, tables):
     yield "| descriptors | phase |" + "".join(f" {plugin} | its libraries | libfabric |" for plugin in plugins)
     yield "|---:|---|" + "---:|---:|---:|" * len(plugins)
-    for number_of, name in dict.fromkeys(key for table in tables.values() for key in table):
+    keys = dict.fromkeys(key for table in tables.values() for key in table)
+    for number_of, name in sorted(keys, key=lambda key: isinstance(key[0], str)):
         cells = (
             number(tables[plugin][number_of, name][part]) if (number_of, name) in tables.get(plugin, {}) else "-"
             for plugin in plugins for part in PARTS
