@@ -12,7 +12,7 @@ EFA_TESTS := $(patsubst %,plugin-tests/e2e/test_%.py,efa transfer notify release
 EFA_LONG  := seventy or in_each_phase or failed_operation or test_sizes or both_directions or small_descriptors \
              or (progress-off and (unequal_hosts or random_lists or repost or in_flight or first_operation))
 
-.PHONY: help setup plugin softefa install-plugins demo test check unit e2e e2e-core e2e-versions e2e-efa e2e-efa-all soak test-vllm bench cost docs
+.PHONY: help setup plugin softefa install-plugins demo test check unit e2e e2e-core e2e-versions e2e-efa e2e-efa-all soak test-vllm bench cost docs test-arm64
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -64,6 +64,10 @@ e2e-efa-all: setup plugin softefa ## all of them: 4 and 32 devices, both fabrics
 	$(E2E) -q --network=efa --libfabric=2.5.1,2.4.0 $(EFA_TESTS) $(ARGS)
 	$(E2E) -q --network=efa --devices=32 $(EFA_TESTS) $(ARGS)
 	$(E2E) -q --network=efa-direct $(EFA_TESTS) $(ARGS)
+
+test-arm64: setup ## build for arm64, and run it in an emulator with NIXL's arm64 wheels
+	@sh plugin-tests/setup/system.sh debian-arm64
+	$(PYTHON) plugin-tests/arm64/run.py $(ARGS)
 
 soak: setup plugin softefa ## random work on software EFA devices until it is stopped: ARGS="--seed 7 --rounds 1 --minutes 60"
 	$(PYTHON) plugin-tests/soak.py $(ARGS)
