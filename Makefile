@@ -12,7 +12,7 @@ EFA_TESTS := $(patsubst %,plugin-tests/e2e/test_%.py,efa transfer notify release
 EFA_LONG  := seventy or in_each_phase or failed_operation or test_sizes or both_directions or small_descriptors \
              or (progress-off and (unequal_hosts or random_lists or repost or in_flight or first_operation))
 
-.PHONY: help setup plugin softefa install-plugins demo test check unit e2e e2e-core e2e-versions e2e-efa e2e-efa-all soak test-vllm bench cost docs
+.PHONY: help setup plugin softefa install-plugins demo test check unit e2e e2e-core e2e-versions e2e-efa e2e-efa-all soak test-vllm bench cost docs test-arm64 test-docs
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -34,12 +34,15 @@ install-plugins: plugin ## NIXL=<site-packages> [DEST=<folder>]: ours beside the
 demo: setup plugin ## two NIXL agents move bytes through the plugin, every byte checked
 	@$(PYTHON) plugin-tests/demo.py
 
-test: check unit e2e-core e2e-versions e2e-efa ## what CI runs: needs no GPU and no NIC
+test: check test-docs unit e2e-core e2e-versions e2e-efa ## what CI runs: needs no GPU and no NIC
 
 check: ## formatting, lints, dependencies
 	cargo fmt --check
 	cargo clippy --workspace --all-targets --quiet -- -D warnings
 	@if command -v cargo-deny >/dev/null; then cargo deny check; else echo "check: no cargo-deny here, licences not checked"; fi
+
+test-docs: setup plugin ## links, commands and names in the Markdown files; their blocks are run
+	$(E2E) -q plugin-tests/docs
 
 unit: setup ## the Rust tests
 	NIXL_WHEEL_DIR=$(CURDIR)/target/nixl $(if $(NEXTEST),cargo nextest run --workspace,cargo test --workspace)
@@ -68,6 +71,10 @@ e2e-efa-all: setup plugin softefa ## all of them: 4 and 32 devices, both fabrics
 	$(E2E) -q --network=efa-direct $(EFA_TESTS) $(ARGS)
 	$(E2E) -q --network=efa --topology=p4d.24xlarge plugin-tests/e2e/test_efa.py $(ARGS)
 	$(E2E) -q --network=efa -k "does_not_look or devices_write" plugin-tests/e2e/test_interop.py $(ARGS)
+
+test-arm64: setup ## build for arm64, and run it in an emulator with NIXL's arm64 wheels
+	@sh plugin-tests/setup/system.sh debian-arm64
+	$(PYTHON) plugin-tests/arm64/run.py $(ARGS)
 
 soak: setup plugin softefa ## random work on software EFA devices until it is stopped: ARGS="--seed 7 --rounds 1 --minutes 60"
 	$(PYTHON) plugin-tests/soak.py $(ARGS)

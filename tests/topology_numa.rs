@@ -2,7 +2,7 @@
 
 use std::ptr;
 
-use nixl_libfabric::sys::numa::page_bytes;
+use nixl_libfabric::sys::page::page_bytes;
 use nixl_libfabric::topology::{MemoryNodes, numa_nodes_of};
 
 const LEN: usize = 4 << 20;

@@ -1,6 +1,9 @@
 #!/bin/sh
-# Installs the Debian packages that versions.toml names, as root or through sudo. Does nothing when all are there.
+# usage: system.sh [<section>]
+# Installs the Debian packages that versions.toml names in a section, [debian] if none is said, as root or through sudo. Does
+# nothing when all are there.
 set -eu
+section=${1:-debian}
 here=$(cd "$(dirname "$0")" && pwd)
 
 if ! command -v cargo >/dev/null 2>&1; then
@@ -9,7 +12,7 @@ if ! command -v cargo >/dev/null 2>&1; then
 fi
 
 # The list stands in versions.toml; python3 may be among what is missing, so sed reads it.
-packages=$(sed -n '/^\[debian\]/,/^]/{/^ *"/{s/[",]/ /g;p}}' "$here/versions.toml")
+packages=$(sed -n "/^\[$section\]/,/^]/"'{/^ *"/{s/[",]/ /g;p}}' "$here/versions.toml")
 [ -n "$packages" ] || { echo "setup: no packages found in versions.toml" >&2; exit 1; }
 missing=""
 for package in $packages; do

@@ -7,6 +7,7 @@ use super::context::with_context;
 use super::{Allocation, Cuda, Segment};
 use crate::error::{Error, Result};
 use crate::sys::cuda as sys;
+use crate::sys::page::page_bytes;
 
 /// A range to export: what is asked of the driver, and where the range lies in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,13 +151,6 @@ impl Cuda {
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         Ok(DmaBuf { fd, offset: export.offset(), addr: export.addr, len: export.len })
     }
-}
-
-/// The host's page size in bytes.
-fn page_bytes() -> u64 {
-    // SAFETY: takes no pointers.
-    let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    u64::try_from(bytes).ok().filter(|b| b.is_power_of_two()).unwrap_or(4096)
 }
 
 #[cfg(test)]

@@ -15,9 +15,7 @@ use super::error::{FabricError, registration_hint};
 use super::handle::Handle;
 use crate::error::Result;
 use crate::sys::libfabric as sys;
-
-/// Alignment of buffers that we allocate, in bytes: a page, the unit in which NICs pin memory.
-const PAGE_BYTES: usize = 4096;
+use crate::sys::page::page_bytes;
 
 /// Everything that a peer or we may do with a registration.
 const ACCESS_ALL: u64 =
@@ -322,7 +320,7 @@ impl fmt::Debug for MemoryRegion {
     }
 }
 
-/// Zeroed, page-aligned memory of our own.
+/// Zeroed memory of our own, aligned to a page: the unit in which NICs pin memory.
 struct Allocation {
     memory: NonNull<u8>,
     layout: Layout,
@@ -330,8 +328,9 @@ struct Allocation {
 
 impl Allocation {
     fn new(len: usize) -> std::result::Result<Self, FabricError> {
-        let layout = Layout::from_size_align(len, PAGE_BYTES)
+        let layout = usize::try_from(page_bytes())
             .ok()
+            .and_then(|page| Layout::from_size_align(len, page).ok())
             .filter(|layout| layout.size() > 0)
             .ok_or_else(|| FabricError::refused("allocate buffer", "the size is 0 or too large"))?;
         // SAFETY: the size is not 0.

@@ -9,5 +9,6 @@ pub mod libfabric;
 pub mod net;
 pub mod nrt;
 pub mod numa;
+pub mod page;
 pub mod panic;
 pub mod thread;

@@ -91,13 +91,6 @@ pub fn node_of_this_cpu() -> io::Result<u32> {
     Ok(node)
 }
 
-/// Size of a page, in bytes.
-pub fn page_bytes() -> u64 {
-    // SAFETY: reads a constant of the system.
-    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    u64::try_from(size).ok().filter(|size| size.is_power_of_two()).unwrap_or(4096)
-}
-
 fn checked(result: c_long) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Once;
 
-use crate::sys::numa::{Policy, node_of_this_cpu, nodes_of_pages, page_bytes, policy_of};
+use crate::sys::numa::{Policy, node_of_this_cpu, nodes_of_pages, policy_of};
+use crate::sys::page::page_bytes;
 
 /// Most pages asked about for one buffer, spread evenly over it.
 const PAGES_SAMPLED_MAX: u64 = 64;

@@ -7,7 +7,8 @@ from pathlib import Path
 
 BED = Path(__file__).resolve().parent
 ROOT = BED.parents[2]
-TARGET = ROOT / "target"
+# Another folder of the same shape is how agents run on another processor: plugin-tests/arm64.
+TARGET = Path(os.environ.get("E2E_TARGET", ROOT / "target"))
 PYTHON = TARGET / "venv" / "bin" / "python"
 VERSIONS = tomllib.loads((ROOT / "plugin-tests" / "setup" / "versions.toml").read_text())
 NIXL_VERSIONS = VERSIONS["nixl"]["versions"]
