@@ -12,7 +12,7 @@ EFA_TESTS := $(patsubst %,plugin-tests/e2e/test_%.py,efa transfer notify release
 EFA_LONG  := seventy or in_each_phase or failed_operation or test_sizes or both_directions or small_descriptors \
              or (progress-off and (unequal_hosts or random_lists or repost or in_flight or first_operation))
 
-.PHONY: help setup plugin softefa install-plugins demo test check unit e2e e2e-core e2e-versions e2e-efa e2e-efa-all soak test-vllm bench cost docs
+.PHONY: help setup plugin softefa install-plugins wheel test-wheel demo test check unit e2e e2e-core e2e-versions e2e-efa e2e-efa-all soak test-vllm bench cost docs
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -30,6 +30,12 @@ plugin: ## build the plugin into target/plugins, under both of its names
 
 install-plugins: plugin ## NIXL=<site-packages> [DEST=<folder>]: ours beside the other plugins of that NIXL
 	@sh plugin-tests/setup/install_plugins.sh "$(NIXL)" "$(DEST)"
+
+wheel: ## target/wheel/dist: the Python package with plugin and program, for glibc 2.28 and newer; 400 MB of tools in target/wheel
+	@python3 python/build.py
+
+test-wheel: setup wheel ## the wheel beside NIXL's in environments as users have them; two minutes after the build
+	$(E2E) -q python/tests $(ARGS)
 
 demo: setup plugin ## two NIXL agents move bytes through the plugin, every byte checked
 	@$(PYTHON) plugin-tests/demo.py
