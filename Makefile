@@ -64,6 +64,7 @@ softefa: ## build the software EFA device, see plugin-tests/softefa/README.md
 
 e2e-efa: setup plugin softefa ## the heart of the end-to-end tests on software EFA devices, both fabrics of the provider
 	$(E2E) -q --network=efa -k "not ($(EFA_LONG))" plugin-tests/e2e/test_efa.py plugin-tests/e2e/test_transfer.py
+	$(E2E) -q plugin-tests/e2e/test_doctor.py
 	$(E2E) -q --network=efa-direct -k "(done_means or silent or random_lists) and progress-on" plugin-tests/e2e/test_efa.py plugin-tests/e2e/test_transfer.py
 
 e2e-efa-all: setup plugin softefa ## all of them: 4 and 32 devices, both fabrics, two libfabrics; about an hour

@@ -95,7 +95,7 @@ fn for_accelerators(library: &Libfabric, query: &Query, chosen: &str) -> Option<
         .filter(|offered| offered.iter().any(|device| device.provider() == chosen && device.has_hmem()))
 }
 
-fn is_software(provider: &str) -> bool {
+pub(crate) fn is_software(provider: &str) -> bool {
     SOFTWARE.contains(&core_name(provider))
 }
 

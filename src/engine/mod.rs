@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 pub use self::discover::available_mems;
 use self::remote::{Preparation, Remote};
+pub(crate) use self::discover::is_software;
 use self::shared::Shared;
 use self::staging::StagedPiece;
 pub use self::staging::StagedTransfer;
