@@ -7,7 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod checks;
-
+pub mod exchange;
 mod facts;
 mod files;
 mod finding;

@@ -25,7 +25,7 @@ fn core_name(provider: &str) -> &str {
 
 /// Devices of one provider, each once.
 #[derive(Debug)]
-pub(super) struct Found {
+pub(crate) struct Found {
     pub devices: Vec<Device>,
     /// What is tried, one after the other, when none of them can be opened.
     pub spares: VecDeque<Device>,
@@ -39,7 +39,7 @@ pub fn available_mems() -> Vec<MemKind> {
 }
 
 /// Finds the devices that the configuration and the environment let us use.
-pub(super) fn find(library: &Libfabric, config: &Config) -> Result<Found> {
+pub(crate) fn find(library: &Libfabric, config: &Config) -> Result<Found> {
     let query = Query {
         provider: Some(config.provider.clone()).filter(|name| !name.is_empty()),
         fabric: match config.fabric {

@@ -59,8 +59,8 @@ class Metadata(contextlib.AbstractContextManager):
 class Ailing:
     """What a test may spoil: files below `root`, `variables`, `prefix` (a command before the doctor's) and `options`."""
 
-    def __init__(self, network, folder, metadata):
-        self.host, self.root, self.folder = network.host(0, DEVICES), folder / "root", folder
+    def __init__(self, network, folder, metadata, host=0):
+        self.host, self.root, self.folder = network.host(host, DEVICES), folder / "root", folder
         described = subprocess.run([*self.host.enter(), "env"], check=True, capture_output=True, text=True).stdout
         described = dict(line.split("=", 1) for line in described.splitlines() if "=" in line)
         self.sysfs = Path(described["SYSFS_PATH"])
@@ -99,6 +99,11 @@ class Ailing:
     def environment(self):
         foreign = ("NIXL_", "FI_", "VLLM_", "SGLANG_", "NCCL_", "AWS_", "LD_")
         return {key: value for key, value in os.environ.items() if not key.startswith(foreign)} | self.variables
+
+    def start(self, *arguments):
+        """A doctor that goes on while the test does."""
+        pipe = subprocess.PIPE
+        return subprocess.Popen(self.command(*arguments), env=self.environment(), stdout=pipe, stderr=pipe, text=True)
 
     def examine(self, watch=0):
         """The findings, as {check: [finding, ...]}, and the exit status."""

@@ -16,15 +16,19 @@ use arguments::usage;
 
 const HELP: &str = "\
 Usage: nixl-libfabric doctor [OPTIONS]
+       nixl-libfabric doctor --listen [--port N], and on another host
+       nixl-libfabric doctor --to HOST [--port N]
        nixl-libfabric topology [OPTIONS]
 
 doctor says what is here, what is missing, and what to do: OK, WARN or FAIL for each check. It ends with 1 if one failed.
+With --listen on one host and --to on another it moves bytes between them by every pair of rails, and names those that drop.
 
 Options:
   --watch SECONDS     how long the counters are watched (2)
   --nixl DIR          the NIXL in use: the folder with its libraries and its plugins/; python -m nixl_libfabric doctor knows it
   --plugin-dir DIR    the folder that NIXL would be given where NIXL_PLUGIN_DIR is not set
   --root DIR          read /sys, /proc and /dev below DIR
+  --port N            of the TCP connection between --listen and --to (7677)
   --json              for programs
 
 topology prints the machine as a tree, and which network devices serve which memory.

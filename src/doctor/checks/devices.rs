@@ -9,7 +9,7 @@ use crate::doctor::finding::Finding;
 const LOCKED_MEMORY_BYTES_MIN: u64 = 64 << 20;
 
 /// What lets packets vanish on EC2, and how to see it.
-pub(super) const SILENT_DROP: &str = "EFA drops without an error what it may not deliver. The security group needs a rule for all traffic from \
+pub(in crate::doctor) const SILENT_DROP: &str = "EFA drops without an error what it may not deliver. The security group needs a rule for all traffic from \
      itself and one for all traffic to itself (0.0.0.0/0 is not enough): aws ec2 describe-security-groups --group-ids GROUP \
      --query 'SecurityGroups[0].[IpPermissions,IpPermissionsEgress][].UserIdGroupPairs[].GroupId' must print the group twice. EFA \
      also needs both hosts in one availability zone, and in the VPC's primary CIDR block";

@@ -9,6 +9,8 @@ mod plugin;
 #[cfg(test)]
 mod tests;
 
+pub(super) use devices::SILENT_DROP;
+
 use super::{Facts, Finding};
 
 /// Judges everything, in the order in which it matters.
