@@ -50,7 +50,7 @@ check: ## formatting, lints, dependencies
 unit: setup ## the Rust tests
 	NIXL_WHEEL_DIR=$(CURDIR)/target/nixl $(if $(NEXTEST),cargo nextest run --workspace,cargo test --workspace)
 
-e2e: setup plugin ## real NIXL agents on this machine: ARGS="--plugin <ours, stock or ucx> --libfabric 2.5.1,system -k ..."
+e2e: setup plugin softefa ## real NIXL agents on this machine: ARGS="--plugin <ours, stock or ucx> --libfabric 2.5.1,system -k ..."
 	$(E2E) plugin-tests/e2e $(ARGS)
 
 e2e-core: setup plugin ## the end-to-end tests without the long ones: fleets of mixed kinds, software EFA devices

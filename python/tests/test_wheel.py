@@ -10,6 +10,8 @@ import zipfile
 import pytest
 from packaging.metadata import Metadata
 
+from conftest import LIBFABRIC, NIXL
+
 # What vLLM's load_general_plugins and SGLang's load_plugins do with their groups, in every process that they start.
 LOAD = """
 from importlib.metadata import entry_points
@@ -269,6 +271,19 @@ def test_uninstalling_leaves_a_python_that_starts_in_silence(fresh):
     assert not os.path.exists(f"{folder}/libplugin_LIBFABRIC.so") and os.path.exists(f"{folder}/libplugin_UCX.so")
     fresh.install("nixl-libfabric")
     assert "nixl-libfabric-plugins" in fresh.code("import os, nixl_cu12; print(os.environ.get('NIXL_PLUGIN_DIR'))")
+
+
+def test_the_doctor_knows_the_nixl_of_its_python(cu12, tmp_path):
+    """By the command and by -m; the folder is that which vLLM and SGLang would set."""
+    for command in ([cu12.program], [cu12.python, "-m", "nixl_libfabric"]):
+        report = json.loads(cu12.run(*command, "doctor", "--json", "--watch", "0"))
+        findings = {finding["check"]: finding for finding in report["findings"]}
+        assert findings["nixl"]["verdict"] == "OK" and findings["nixl"]["seen"].startswith(NIXL)
+        assert findings["plugin"]["verdict"] == "OK" and cu12.run(cu12.program, "plugin-dir") in findings["plugin"]["seen"]
+        assert findings["libfabric"]["verdict"] == "OK" and str(LIBFABRIC) in findings["libfabric"]["seen"]
+    own = cu12.site / ".nixl_cu12.mesonpy.libs" / "plugins"
+    words = cu12.run(cu12.program, "doctor", "--watch", "0", NIXL_PLUGIN_DIR=str(own), fails=True)
+    assert "FAIL  plugin" in words and "is not this plugin" in words
 
 
 def test_commands_say_what_is_wrong(fresh):
