@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "target" / "wheel"
 NIXL = "1.5.0"
+DOWNLOADS = OUT / "downloads" / NIXL
 LIBFABRIC = ROOT / "target" / "libfabric" / "2.5.1"
 # What decides, taken away from every process unless a test sets it.
 DECIDING = ("NIXL_", "FI_", "UCX_", "XDG_", "PYTHON", "VIRTUAL_ENV")
@@ -31,7 +32,7 @@ class Environment:
 
     def install(self, *names):
         """From the wheels that were downloaded for all tests, without what they depend on (torch, mostly)."""
-        self.pip("install", "--no-index", "--no-deps", "--find-links", OUT / "dist", "--find-links", OUT / "downloads", *names)
+        self.pip("install", "--no-index", "--no-deps", "--find-links", OUT / "dist", "--find-links", DOWNLOADS, *names)
 
     def variables(self, **changes):
         kept = {key: value for key, value in os.environ.items() if not key.startswith(DECIDING)}
@@ -52,12 +53,11 @@ class Environment:
 
 def download(*requirements):
     """NIXL's wheels, once."""
-    folder = OUT / "downloads"
-    folder.mkdir(parents=True, exist_ok=True)
-    if len(list(folder.glob("*.whl"))) < len(requirements):
+    DOWNLOADS.mkdir(parents=True, exist_ok=True)
+    if len(list(DOWNLOADS.glob("*.whl"))) < len(requirements):
         subprocess.run(
             [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "download", "--no-deps", "--only-binary", ":all:",
-             "--dest", folder, *requirements],
+             "--dest", DOWNLOADS, *requirements],
             check=True,
         )
 

@@ -38,6 +38,13 @@ fn driver(facts: &Facts) -> Finding {
              one. Containers use the host's",
         );
     }
+    if facts.rdma.is_empty() && facts.metadata.is_some() {
+        return Finding::warn(
+            "rdma-devices",
+            "an EC2 instance without EFA device: data will go through the kernel, over tcp",
+            "the instance needs a network interface of type EFA, which its type must support; a container may be kept from seeing it",
+        );
+    }
     if facts.rdma.is_empty() {
         return Finding::skip(
             "rdma-devices",

@@ -178,3 +178,11 @@ fn a_nixl_that_calls_otherwise_is_refused() {
     let finding = found(&facts, "nixl");
     assert!(finding.verdict == Verdict::Fail && finding.seen.contains("newFunction"), "{finding:?}");
 }
+
+#[test]
+fn an_ec2_instance_without_efa_is_told() {
+    let mut facts = Facts::default();
+    assert_eq!(found(&facts, "rdma-devices").verdict, Verdict::Skip);
+    facts.metadata = Some(Err("no answer".to_owned()));
+    assert_eq!(found(&facts, "rdma-devices").verdict, Verdict::Warn);
+}
