@@ -12,7 +12,7 @@ EFA_TESTS := $(patsubst %,plugin-tests/e2e/test_%.py,efa transfer notify release
 EFA_LONG  := seventy or in_each_phase or failed_operation or test_sizes or both_directions or small_descriptors \
              or (progress-off and (unequal_hosts or random_lists or repost or in_flight or first_operation))
 
-.PHONY: help setup plugin softefa install-plugins demo test check unit e2e e2e-core e2e-versions e2e-efa e2e-efa-all soak test-vllm bench cost docs test-arm64 test-docs
+.PHONY: help setup plugin softefa install-plugins wheel test-wheel demo test check unit e2e e2e-core e2e-versions e2e-efa e2e-efa-all soak test-vllm bench cost docs test-arm64 test-docs
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -31,6 +31,12 @@ plugin: ## build the plugin into target/plugins, under both of its names
 install-plugins: plugin ## NIXL=<site-packages> [DEST=<folder>]: ours beside the other plugins of that NIXL
 	@sh plugin-tests/setup/install_plugins.sh "$(NIXL)" "$(DEST)"
 
+wheel: ## target/wheel/dist: the Python package with plugin and program, for glibc 2.28 and newer; 400 MB of tools in target/wheel
+	@python3 python/build.py
+
+test-wheel: setup wheel ## the wheel beside NIXL's in environments as users have them; two minutes after the build
+	$(E2E) -q python/tests $(ARGS)
+
 demo: setup plugin ## two NIXL agents move bytes through the plugin, every byte checked
 	@$(PYTHON) plugin-tests/demo.py
 
@@ -47,7 +53,7 @@ test-docs: setup plugin ## links, commands and names in the Markdown files; thei
 unit: setup ## the Rust tests
 	NIXL_WHEEL_DIR=$(CURDIR)/target/nixl $(if $(NEXTEST),cargo nextest run --workspace,cargo test --workspace)
 
-e2e: setup plugin ## real NIXL agents on this machine: ARGS="--plugin <ours, stock or ucx> --libfabric 2.5.1,system -k ..."
+e2e: setup plugin softefa ## real NIXL agents on this machine: ARGS="--plugin <ours, stock or ucx> --libfabric 2.5.1,system -k ..."
 	$(E2E) plugin-tests/e2e $(ARGS)
 
 e2e-core: setup plugin ## the end-to-end tests without the long ones: fleets of mixed kinds, software EFA devices
@@ -62,6 +68,7 @@ softefa: ## build the software EFA device, see plugin-tests/softefa/README.md
 # With libfabric's own shared memory left on, as it is where nobody turned it off; `make e2e-efa-all` runs without.
 e2e-efa: setup plugin softefa ## the heart of the end-to-end tests on software EFA devices, both fabrics of the provider
 	$(E2E) -q --network=efa --shm -k "not ($(EFA_LONG))" plugin-tests/e2e/test_efa.py plugin-tests/e2e/test_transfer.py
+	$(E2E) -q plugin-tests/e2e/test_doctor.py
 	$(E2E) -q --network=efa-direct -k "(done_means or silent or random_lists) and progress-on" plugin-tests/e2e/test_efa.py plugin-tests/e2e/test_transfer.py
 	$(E2E) -q --network=efa --topology=p4d.24xlarge -k "become or (done_means or memory_is_only or device_that) and progress-on" plugin-tests/e2e/test_efa.py
 

@@ -1,13 +1,15 @@
 //! Builds the C++ shim, the only C++ in the plugin.
 
 fn main() {
-    for input in ["build.rs", "src/abi/shim.cpp", "include/nixl_backend_abi.h", "include/nixl_libfabric.h"] {
+    let sources = ["src/abi/shim.cpp", "src/abi/compat.cpp"];
+    let headers = ["include/nixl_backend_abi.h", "include/nixl_libfabric.h"];
+    for input in sources.iter().chain(&headers).chain(&["build.rs"]) {
         println!("cargo:rerun-if-changed={input}");
     }
     cc::Build::new()
         .cpp(true)
         .std("c++17")
-        .file("src/abi/shim.cpp")
+        .files(sources)
         .include("include")
         // NIXL's core is built with this std::string; some distributions default to the old one.
         .define("_GLIBCXX_USE_CXX11_ABI", "1")

@@ -5,6 +5,7 @@
 pub mod abi;
 pub mod config;
 pub mod cuda;
+pub mod doctor;
 pub mod engine;
 pub mod error;
 pub mod fabric;

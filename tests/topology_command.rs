@@ -116,7 +116,13 @@ fn says_what_is_wrong() {
     assert!(complaint(&["topology", "--buffer", "disk:1"]).contains("want numa:NODE or gpu:PCI-ADDRESS"));
     assert!(complaint(&["topology", "--xml", "/nowhere.xml"]).contains("/nowhere.xml"));
     assert!(complaint(&["topology", "--devices", "nosuch0"]).contains("`nosuch0` is not here; known: "));
-    assert!(text(&run(&["--help"])).contains("Usage: nixl-libfabric topology"));
+    assert!(complaint(&["doctor", "--watch", "long"]).contains("want seconds, 0 to 3600"));
+    assert!(
+        complaint(&["doctor", "--listen", "--to", "host"])
+            .contains("--listen on one host, --to on the other")
+    );
+    assert!(complaint(&["doctor", "--to", "host", "--port", "65536"]).contains("want 0 to 65535"));
+    assert!(text(&run(&["--help"])).contains("nixl-libfabric topology [OPTIONS]"));
 }
 
 #[test]

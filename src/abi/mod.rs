@@ -5,11 +5,14 @@
 //! ([`calls`]). Everything runs behind a [`guard`]: no panic gets into C++, and an engine that panicked does no more work.
 
 pub mod calls;
+mod facts;
 pub mod guard;
 pub mod layout;
 mod name;
 pub mod types;
 pub mod vtable;
+
+pub use facts::{API_VERSION, PluginFacts, plugin_facts};
 
 use std::ffi::c_void;
 

@@ -25,7 +25,7 @@ fn core_name(provider: &str) -> &str {
 
 /// Devices of one provider, each once.
 #[derive(Debug)]
-pub(super) struct Found {
+pub(crate) struct Found {
     pub devices: Vec<Device>,
     /// What is tried, one after the other, when none of them can be opened.
     pub spares: VecDeque<Device>,
@@ -39,7 +39,7 @@ pub fn available_mems() -> Vec<MemKind> {
 }
 
 /// Finds the devices that the configuration and the environment let us use.
-pub(super) fn find(library: &Libfabric, config: &Config) -> Result<Found> {
+pub(crate) fn find(library: &Libfabric, config: &Config) -> Result<Found> {
     let query = Query {
         provider: Some(config.provider.clone()).filter(|name| !name.is_empty()),
         fabric: match config.fabric {
@@ -95,7 +95,7 @@ fn for_accelerators(library: &Libfabric, query: &Query, chosen: &str) -> Option<
         .filter(|offered| offered.iter().any(|device| device.provider() == chosen && device.has_hmem()))
 }
 
-fn is_software(provider: &str) -> bool {
+pub(crate) fn is_software(provider: &str) -> bool {
     SOFTWARE.contains(&core_name(provider))
 }
 

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 pub use self::discover::available_mems;
+pub(crate) use self::discover::{find as find_devices, is_software};
 use self::remote::{Preparation, Remote};
 use self::shared::Shared;
 use self::staging::StagedPiece;

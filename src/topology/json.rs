@@ -1,9 +1,9 @@
-//! As much of JSON as the report writes.
+//! As much of JSON as reports write.
 
 use std::fmt;
 
 /// A JSON value.
-pub(super) enum Json {
+pub(crate) enum Json {
     Null,
     Number(u64),
     Text(String),
@@ -12,11 +12,11 @@ pub(super) enum Json {
 }
 
 impl Json {
-    pub(super) fn text(text: &(impl ToString + ?Sized)) -> Self {
+    pub(crate) fn text(text: &(impl ToString + ?Sized)) -> Self {
         Self::Text(text.to_string())
     }
 
-    pub(super) fn list<T>(items: impl IntoIterator<Item = T>, of: impl Fn(T) -> Self) -> Self {
+    pub(crate) fn list<T>(items: impl IntoIterator<Item = T>, of: impl Fn(T) -> Self) -> Self {
         Self::List(items.into_iter().map(of).collect())
     }
 }

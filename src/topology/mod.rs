@@ -16,6 +16,8 @@ mod report;
 mod select;
 mod sysfs;
 
+pub(crate) use json::Json;
+
 pub use filter::{DeviceFilter, GpuDevices};
 pub use model::{AcceleratorKind, Machine, NumaNode, PciDevice, Place, PlaceId, PlaceKind, Role};
 pub use numa::{MemoryNodes, numa_nodes_of};
