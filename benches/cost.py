@@ -8,24 +8,21 @@ results: benches/README.md.
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections import defaultdict
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "plugin-tests" / "e2e"))
-sys.path.insert(0, str(ROOT / "benches" / "cost"))
+from choices import ROOT, STRAIGHT, TARGET, machine, network_and_rails, plugin_named
 
-from bed.networks import OneHost  # noqa: E402
-from bed.softefa import SoftEfa  # noqa: E402
-from bed.places import NEWEST_LIBFABRIC, NIXL_VERSIONS, TARGET, Host  # noqa: E402
+from bed.networks import OneHost
+from bed.softefa import SoftEfa
+
+sys.path.insert(0, str(ROOT / "benches" / "cost"))
 
 import profiles  # noqa: E402
 
@@ -33,7 +30,6 @@ DRIVER = TARGET / "bench" / "cost-driver"
 RUN_DEADLINE_S = 600
 # The driver's status when a transfer does not end.
 EXIT_DEADLINE = 3
-RAILS_MAX = 32
 PROVIDER = {"tcp": [("FI_PROVIDER", "tcp")], "efa": []}
 # As many as the driver makes in one idle phase.
 IDLE_CALLS = 1000
@@ -64,31 +60,12 @@ def build_driver():
          "-o", DRIVER, ROOT / "benches" / "cost" / "driver.cpp", "-ldl", "-pthread"], check=True)
 
 
-def plugin_file(plugin):
-    """`ours`, `stock`, or a folder with another build of ours."""
-    if plugin == "stock":
-        folder = TARGET / "nixl" / NIXL_VERSIONS[0] / ".nixl_cu12.mesonpy.libs" / "plugins"
-    else:
-        folder = Path(os.environ.get("PLUGIN_DIR", TARGET / "plugins") if plugin == "ours" else plugin)
-    path = folder.resolve() / "libplugin_LIBFABRIC.so"
-    if not path.is_file():
-        raise SystemExit(f"cost: there is no {path}; --plugin takes ours, stock, or a folder with libplugin_LIBFABRIC.so")
-    return path
-
-
-def network_and_rails(text):
-    name, _, rails = text.partition(":")
-    if name not in PROVIDER or not rails.isdigit() or not 1 <= int(rails) <= RAILS_MAX:
-        raise SystemExit(f"cost: --networks: '{text}' is none; {' or '.join(PROVIDER)}, a colon, and 1 to {RAILS_MAX} rails, such as tcp:1")
-    return name, int(rails)
-
-
 def network_of(name, rails):
     if name == "tcp":
         return OneHost(links=rails)
     network = SoftEfa(devices=rails, hosts=1)
-    # Both agents are in one process, so on one host; and the device's disorder, a matter of time, would be counted.
-    network.control("loopback=1 hold_pct=0 pieces=1 shuffle=0")
+    # Both agents are in one process, so on one host.
+    network.control(f"loopback=1 {STRAIGHT}")
     return network
 
 
@@ -96,10 +73,10 @@ def measure(case, plugin, operation, counts, folder):
     """{(descriptors, "list phase"): {turn: profile}}."""
     name, rails = case
     network = network_of(name, rails)
-    host = Host("stock" if plugin == "stock" else "ours", extra=(("NIXL_LOG_LEVEL", "FATAL"), *PROVIDER[name]))
+    host = plugin.host(("NIXL_LOG_LEVEL", "FATAL"), *PROVIDER[name])
     command = [
         *network.space(0).enter(), "valgrind", "--tool=callgrind", "--quiet", "--instr-atstart=no",
-        f"--callgrind-out-file={folder / 'out'}", str(DRIVER), str(plugin_file(plugin)),
+        f"--callgrind-out-file={folder / 'out'}", str(DRIVER), str(plugin.file),
         *(["-o", "devices=eth*"] if name == "tcp" and rails > 1 else []), operation, *map(str, counts),
     ]
     try:
@@ -107,12 +84,12 @@ def measure(case, plugin, operation, counts, folder):
     finally:
         network.close()
     if done.returncode == EXIT_DEADLINE:
-        print(f"cost: {plugin}, {name}, {rails} rails: a transfer did not end; what came after it is left out", flush=True)
+        print(f"cost: {plugin.name}, {name}, {rails} rails: a transfer did not end; what came after it is left out", flush=True)
     elif done.returncode != 0:
-        raise SystemExit(f"cost: {plugin}, {name}, {rails} rails: the driver ended with {done.returncode}\n{done.stderr}")
+        raise SystemExit(f"cost: {plugin.name}, {name}, {rails} rails: the driver ended with {done.returncode}\n{done.stderr}")
     connections = int(done.stdout.split()[1])
     if name == "tcp" and connections < rails:
-        raise SystemExit(f"cost: {plugin}: {connections} connections where {rails} rails were wanted")
+        raise SystemExit(f"cost: {plugin.name}: {connections} connections where {rails} rails were wanted")
     found = defaultdict(lambda: defaultdict(profiles.Profile))
     for file in folder.glob("out.*"):
         label, profile = profiles.read(file)
@@ -203,12 +180,9 @@ def report(about, results):
 
 
 def facts(operation, counts):
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?")
     version = subprocess.run(["valgrind", "--version"], capture_output=True, text=True, check=True).stdout.strip()
-    return {
-        "time": time.strftime("%Y-%m-%d"), "processor": model, "kernel": platform.release(), "valgrind": version,
-        "nixl": NIXL_VERSIONS[0], "libfabric": NEWEST_LIBFABRIC, "operation": operation,
-        "functions_at": min(counts, key=lambda count: abs(count - 4096)),
+    return machine() | {
+        "valgrind": version, "operation": operation, "functions_at": min(counts, key=lambda count: abs(count - 4096)),
     }
 
 
@@ -226,25 +200,28 @@ def main():
     parser.add_argument("--descriptors", default="1,64,4096,16384", help="lengths of the lists")
     parser.add_argument("--networks", default="tcp:1,tcp:32,efa:32", help="interfaces (tcp) or software EFA devices (efa): their number")
     parser.add_argument("--operation", choices=("write", "read"), default="write")
-    parser.add_argument("--plugin", default="ours,stock", help="ours, stock, and folders with other builds of ours")
+    parser.add_argument("--plugin", default="ours,stock", help="ours, stock, and folders with other builds of ours, as FOLDER or NAME=FOLDER")
     parser.add_argument("--keep", action="store_true", help="leave callgrind's files, for callgrind_annotate")
     parser.add_argument("--out", type=Path, default=TARGET / "bench")
     chosen = parser.parse_args()
     counts = [int(count) for count in chosen.descriptors.split(",")]
+    plugins = [plugin_named(text) for text in chosen.plugin.split(",")]
+    if any(plugin.kind == "ucx" for plugin in plugins):
+        raise SystemExit("cost: the driver calls LIBFABRIC plugins; ucx is none")
     build_driver()
     about, results, rows = facts(chosen.operation, counts), {}, []
     for case in map(network_and_rails, chosen.networks.split(",")):
         results[case] = {}
-        for plugin in chosen.plugin.split(","):
-            if plugin == "stock" and case[0] == "tcp" and case[1] > 1:
+        for plugin in plugins:
+            if plugin.kind == "stock" and case[0] == "tcp" and case[1] > 1:
                 print("cost: over tcp the C++ plugin opens one rail, whatever interfaces there are: left out", flush=True)
                 continue
-            print(f"cost: {plugin}, {case[0]}, {case[1]} rails", flush=True)
+            print(f"cost: {plugin.name}, {case[0]}, {case[1]} rails", flush=True)
             folder = Path(tempfile.mkdtemp(prefix="cost-"))
             found = measure(case, plugin, chosen.operation, counts, folder)
             functions = function_costs(found, about["functions_at"], FUNCTION_PHASES)
-            results[case][plugin] = table_of(found, counts), functions
-            rows += rows_of(case, plugin, about, *results[case][plugin])
+            results[case][plugin.name] = table_of(found, counts), functions
+            rows += rows_of(case, plugin.name, about, *results[case][plugin.name])
             if chosen.keep:
                 print(f"cost: callgrind's files are in {folder}", flush=True)
             else:

@@ -5,7 +5,20 @@ import time
 
 POLLS_PER_LOOK = 16
 WAKEUP_PAUSE_S = 0.02
-RECEIVER_SLEEP_S = 0.00002
+NOTIFIED_PAUSE_S = 0.001
+# How long a program sleeps between two looks where processor time is measured: what it polls in vain must not be counted.
+UNHURRIED_S = 0.0001
+POSTS_MIN = 3
+
+
+def settle(agent, request, state, pause=None):
+    """Polls until the transfer is over; raises unless it is DONE."""
+    while state == "PROC":
+        if pause:
+            time.sleep(pause)
+        state = agent.check_xfer_state(request)
+    if state != "DONE":
+        raise RuntimeError(f"the transfer ended as {state}")
 
 
 def time_transfers(worker, operation, near, far, peer, least, most, seconds):
@@ -17,12 +30,8 @@ def time_transfers(worker, operation, near, far, peer, least, most, seconds):
     # The first goes uncounted: it warms connections, caches and page tables.
     for turn in range(most + 1):
         start = time.perf_counter()
-        state = agent.transfer(request)
-        while state == "PROC":
-            state = agent.check_xfer_state(request)
+        settle(agent, request, agent.transfer(request))
         end = time.perf_counter()
-        if state != "DONE":
-            raise RuntimeError(f"{operation}: {state}")
         if turn == 0:
             finish = end + seconds
             continue
@@ -33,30 +42,71 @@ def time_transfers(worker, operation, near, far, peer, least, most, seconds):
     return samples
 
 
-def stand_by(worker):
-    """Until the next command: drives the agent if it has no progress thread, else sleeps."""
+def stand_by(worker, pause=None):
+    """Until the next command: drives the agent if it has no progress thread, else sleeps. The processor seconds that it took."""
+    start = time.process_time()
     if not worker.drive:
         worker.pipe.poll(None)
-        return
     while not worker.pipe.poll(0):
-        for _ in range(POLLS_PER_LOOK):
+        if pause:
+            time.sleep(pause)
+        for _ in range(1 if pause else POLLS_PER_LOOK):
             worker.agent.get_new_notifs()
+    return time.process_time() - start
+
+
+def post_unhurried(worker, handle, seconds):
+    """Posts a prepared request again and again, with a program that looks now and then: number of posts, processor seconds."""
+    agent, request = worker.agent, worker.handles[handle]
+    posts, start, finish = 0, time.process_time(), time.monotonic() + seconds
+    while posts < POSTS_MIN or time.monotonic() < finish:
+        settle(agent, request, agent.transfer(request), UNHURRIED_S)
+        posts += 1
+    return posts, time.process_time() - start
+
+
+def now():
+    """The time as a message: the clock is one for all processes of a machine."""
+    return struct.pack("<d", time.monotonic())
+
+
+def time_notified(worker, near, far, peer, count):
+    """WRITEs whose notification is the time of their post, one at a time; the seconds that each took until DONE."""
+    handle = worker.prepare("WRITE", near, far, peer)
+    agent, request = worker.agent, worker.handles[handle]
+    samples = []
+    for _ in range(count):
+        start = time.monotonic()
+        settle(agent, request, agent.transfer(request, now()))
+        end = time.monotonic()
+        samples.append(end - start)
+        # DONE may come before the notification has left.
+        while (left := end + NOTIFIED_PAUSE_S - time.monotonic()) > 0:
+            if worker.drive:
+                agent.get_new_notifs()
+            else:
+                time.sleep(left)
+    worker.release(handle)
+    return samples
 
 
 def send_times(worker, peer, count):
     """Sends the time of sending, with a pause between that lets the receiver fall asleep."""
     for _ in range(count):
         time.sleep(WAKEUP_PAUSE_S)
-        worker.send(peer, struct.pack("<d", time.monotonic()))
+        worker.send(peer, now())
 
 
-def receive_times(worker, count, seconds):
-    """How long each message took from its sending to the program that looks for it every 20 us."""
+def receive_times(worker, count, pause, seconds):
+    """How long each message took from its sending to the program that looks for it, every `pause` seconds or all the time."""
     delays = []
     deadline = time.monotonic() + seconds
-    while len(delays) < count and time.monotonic() < deadline:
+    while len(delays) < count:
         for messages in worker.agent.get_new_notifs().values():
-            now = time.monotonic()
-            delays.extend(now - struct.unpack("<d", message)[0] for message in messages)
-        time.sleep(RECEIVER_SLEEP_S)
+            end = time.monotonic()
+            delays.extend(end - struct.unpack("<d", message)[0] for message in messages)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{len(delays)} of {count} notifications came in {seconds} s")
+        if pause:
+            time.sleep(pause)
     return delays
