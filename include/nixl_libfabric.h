@@ -7,6 +7,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+// Virtual functions of an engine in `nixl_backend_abi.h`.
+#define NlfFUNCTIONS 27
+
 // Most virtual functions that an engine can have.
 #define NlfSLOTS_MAX 64
 

@@ -11,7 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::name::own_path;
-use super::types::EngineLayout;
+use super::types::{EngineLayout, FUNCTIONS};
 use super::vtable::{Library, Slot, method};
 use crate::error::{Error, Result};
 use crate::sys::dl::file_of;
@@ -20,7 +20,7 @@ use crate::sys::dl::file_of;
 pub const ENGINE_TABLE: &str = "_ZTV17nixlBackendEngine";
 
 /// The virtual functions of our engine, in the order of its slots: that of NIXL 1.0.0 to 1.5.1.
-pub const OURS: [&str; 27] = [
+pub const OURS: [&str; FUNCTIONS] = [
     "~",
     "~",
     "supportsRemote",

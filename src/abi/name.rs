@@ -18,7 +18,8 @@ pub fn plugin_name() -> &'static CStr {
 
 /// The path under which the dynamic linker loaded this library.
 pub fn own_path() -> Option<PathBuf> {
-    file_of((&raw const super::calls::OPS) as usize)
+    // Any address of this library's own will do.
+    file_of(DEFAULT.as_ptr().addr())
 }
 
 fn in_path(path: &Path) -> Option<CString> {

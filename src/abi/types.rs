@@ -60,6 +60,8 @@ pub struct CreateParams<'a> {
     pub progress_delay_us: u64,
 }
 
+/// Virtual functions of an engine in `nixl_backend_abi.h`.
+pub const FUNCTIONS: usize = 27;
 /// Most virtual functions that an engine can have.
 pub const SLOTS_MAX: usize = 64;
 
@@ -84,7 +86,7 @@ impl EngineLayout {
     /// The layout with these slots; none where they are too many.
     pub fn new(slots: &[i8]) -> Option<Self> {
         let mut layout = Self::default();
-        if !slots.iter().copied().eq(0..super::layout::OURS.len() as i8) {
+        if !slots.iter().copied().eq(0..FUNCTIONS as i8) {
             layout.len = slots.len();
             layout.slots.get_mut(..slots.len())?.copy_from_slice(slots);
         }

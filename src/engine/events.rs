@@ -130,7 +130,7 @@ impl Shared {
                         self.deliver(&peer, message);
                         Ok(())
                     }
-                    Body::Staging(message) => self.staging.on_message(peer, message),
+                    Body::Staging(message) => self.mail.take_in(peer, message),
                 }
             }
             other @ Immediate::StockTransfer { .. } => {

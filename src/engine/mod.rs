@@ -3,12 +3,14 @@
 
 mod discover;
 mod events;
+mod mail;
 mod open;
 mod placement;
 mod remote;
 mod shared;
 mod staging;
 mod vram;
+mod works;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -17,9 +19,9 @@ use std::time::{Duration, Instant};
 pub use self::discover::available_mems;
 pub(crate) use self::discover::{find as find_devices, is_software};
 use self::remote::{Preparation, Remote};
-use self::shared::Shared;
 use self::staging::StagedPiece;
 pub use self::staging::StagedTransfer;
+use self::works::Works;
 use crate::error::{Error, Result, Status};
 use crate::fabric::{Libfabric, MemoryRange};
 use crate::memory::{Memory, Registration, RemoteRegion};
@@ -103,7 +105,7 @@ pub struct RemoteTransfer(Arc<Remote>);
 
 /// The backend engine of one agent.
 pub struct Engine {
-    shared: Arc<Shared>,
+    works: Arc<Works>,
     progress: Option<ProgressThreads>,
     registered: Mutex<HashMap<RangeKey, Weak<Registration>>>,
 }
@@ -124,13 +126,13 @@ impl Engine {
     }
 
     fn open(init: InitParams, library: Option<Libfabric>) -> Result<Self> {
-        let (shared, progress) = open::open(init, library)?;
-        Ok(Self { shared, progress, registered: Mutex::default() })
+        let (works, progress) = open::open(init, library)?;
+        Ok(Self { works, progress, registered: Mutex::default() })
     }
 
     /// Memory kinds that can be registered, at least one.
     pub fn supported_mems(&self) -> Vec<MemKind> {
-        self.shared.vram.mems()
+        self.works.shared.vram.mems()
     }
 
     /// Registers a range; zero length is refused.
@@ -156,21 +158,21 @@ impl Engine {
         {
             return Ok(Arc::new(Metadata::Local(known)));
         }
-        let turn = self.shared.turn() as u64;
+        let turn = self.works.shared.turn() as u64;
         let registration = match kind {
             MemKind::Dram => {
-                let rails = self.shared.placement.rails_for_host(range, turn);
+                let rails = self.works.shared.placement.rails_for_host(range, turn);
                 Registration::new(self.rails(), rails, Memory::host(range, dev_id), None)?
             }
             MemKind::Vram => {
-                self.shared.vram.register(self.rails(), &self.shared.placement, range, dev_id)?
+                self.works.shared.vram.register(self.rails(), &self.works.shared.placement, range, dev_id)?
             }
             other => return Err(Error::not_supported(format!("{other} memory is not for this backend"))),
         };
         log::debug!("registered {registration} on {} rails", registration.rails().len());
         let registration = Arc::new(registration);
         if registration.is_staged() {
-            self.shared.staging.add_region(&registration)?;
+            self.works.staging.add_region(&registration)?;
         }
         registered.retain(|_, known| known.strong_count() > 0);
         registered.insert(key, Arc::downgrade(&registration));
@@ -183,7 +185,7 @@ impl Engine {
         if !registration.drop_holder() {
             return Ok(());
         }
-        let deadline = Instant::now() + self.shared.config.drain_timeout;
+        let deadline = Instant::now() + self.works.shared.config.drain_timeout;
         while registration.uses() > 0 {
             if Instant::now() > deadline {
                 return Err(Error::new(
@@ -192,11 +194,11 @@ impl Engine {
                         "{registration} is still used by {} transfers in flight after {} ms (drain_timeout_ms); do \
                          not free the memory before they are over",
                         registration.uses(),
-                        self.shared.config.drain_timeout.as_millis()
+                        self.works.shared.config.drain_timeout.as_millis()
                     ),
                 ));
             }
-            if self.shared.drive_all() == 0 {
+            if self.works.drive_all() == 0 {
                 std::thread::sleep(Duration::from_micros(20));
             }
         }
@@ -210,7 +212,7 @@ impl Engine {
             return Ok(());
         }
         self.peer(agent)?.connect()?;
-        self.shared.kick();
+        self.works.shared.kick();
         Ok(())
     }
 
@@ -219,7 +221,7 @@ impl Engine {
         if self.is_self(agent) {
             return Ok(());
         }
-        let released = self.shared.peers.remove(agent);
+        let released = self.works.shared.peers.remove(agent);
         let released =
             released.ok_or_else(|| Error::not_found(format!("there is no peer {agent} to disconnect")))?;
         self.release(released);
@@ -233,7 +235,7 @@ impl Engine {
 
     /// What a peer needs to reach this agent.
     pub fn conn_info(&self) -> Result<Vec<u8>> {
-        Ok(self.shared.local.conn_info.clone())
+        Ok(self.works.shared.local.conn_info.clone())
     }
 
     /// Takes in a peer's connection info and says hello.
@@ -243,10 +245,10 @@ impl Engine {
         }
         let info = ConnectionInfo::decode(info)
             .map_err(|e| e.context(format_args!("connection info of {agent}")))?;
-        let (peer, released) = self.shared.peers.load(agent, info, true, &self.shared.local)?;
+        let (peer, released) = self.works.shared.peers.load(agent, info, true, &self.works.shared.local)?;
         self.release(released);
         peer.connect()?;
-        self.shared.kick();
+        self.works.shared.kick();
         Ok(())
     }
 
@@ -296,7 +298,7 @@ impl Engine {
             return prep_local(op, local, remote);
         }
         let peer = self.peer(agent)?;
-        let mut preparation = Preparation::new(&self.shared, &peer, local.len());
+        let mut preparation = Preparation::new(&self.works.shared, &peer, local.len());
         preparation.add(local, remote)?;
         if preparation.is_staged {
             return prep_staged(op, peer, local, remote);
@@ -311,21 +313,21 @@ impl Engine {
         match request {
             Request::Local(transfer) => {
                 transfer.begin(notification)?;
-                self.shared.copies.push(Arc::clone(transfer));
-                self.shared.drive_copies();
-                self.shared.wake();
+                self.works.shared.copies.push(Arc::clone(transfer));
+                self.works.drive_copies();
+                self.works.shared.wake();
                 transfer.status()
             }
             Request::Staged(transfer) => {
                 transfer.begin(notification)?;
-                self.shared.staging.post(Arc::clone(transfer));
-                self.shared.kick();
-                self.shared.drive_copies();
-                self.shared.wake();
+                self.works.staging.post(Arc::clone(transfer), &self.works.shared);
+                self.works.shared.kick();
+                self.works.drive_copies();
+                self.works.shared.wake();
                 transfer.status()
             }
             Request::Remote(RemoteTransfer(remote)) => {
-                remote.post(notification, &self.shared)?;
+                remote.post(notification, &self.works.shared)?;
                 self.status(remote)
             }
         }
@@ -336,15 +338,15 @@ impl Engine {
         match request {
             Request::Local(transfer) => {
                 if transfer.status() == Ok(Status::InProgress) {
-                    self.shared.drive_copies();
+                    self.works.drive_copies();
                 }
                 transfer.status()
             }
             Request::Staged(transfer) => {
                 if transfer.status() == Ok(Status::InProgress) {
-                    self.shared.drive_all();
+                    self.works.drive_all();
                     if self.progress.is_none() {
-                        self.shared.tick_if_due();
+                        self.works.tick_if_due();
                     }
                 }
                 transfer.status()
@@ -354,9 +356,9 @@ impl Engine {
                 if status != Ok(Status::InProgress) {
                     return status;
                 }
-                self.shared.drive_some(remote.transfer.rails());
+                self.works.shared.drive_some(remote.transfer.rails());
                 if self.progress.is_none() {
-                    self.shared.tick_if_due();
+                    self.works.tick_if_due();
                 }
                 self.status(remote)
             }
@@ -365,15 +367,15 @@ impl Engine {
 
     fn status(&self, remote: &Remote) -> Result<Status> {
         let mut events = Vec::new();
-        let status = remote.status(&self.shared, &mut events);
-        self.shared.act(events);
+        let status = remote.status(&self.works.shared, &mut events);
+        self.works.shared.act(events);
         status
     }
 
     fn release(&self, released: crate::peer::Released) {
         let mut events = Vec::new();
-        self.shared.release(released, &mut events);
-        self.shared.act(events);
+        self.works.shared.release(released, &mut events);
+        self.works.shared.act(events);
     }
 
     /// Lets go of a request. In flight, it ends by itself.
@@ -384,7 +386,7 @@ impl Engine {
             Request::Remote(RemoteTransfer(remote)) => {
                 let mut events = Vec::new();
                 remote.transfer.release(&mut events);
-                self.shared.act(events);
+                self.works.shared.act(events);
             }
         }
         Ok(())
@@ -392,25 +394,25 @@ impl Engine {
 
     /// Takes everything that has arrived.
     pub fn take_notifications(&self) -> Result<Vec<Notification>> {
-        let waiting = self.shared.inbox.take();
+        let waiting = self.works.shared.inbox.take();
         if self.progress.is_none() {
-            self.shared.drive_all();
-            self.shared.tick_if_due();
+            self.works.drive_all();
+            self.works.tick_if_due();
         } else if waiting.is_empty() {
-            self.shared.drive_some(std::iter::empty());
+            self.works.shared.drive_some(std::iter::empty());
         }
-        if waiting.is_empty() { Ok(self.shared.inbox.take()) } else { Ok(waiting) }
+        if waiting.is_empty() { Ok(self.works.shared.inbox.take()) } else { Ok(waiting) }
     }
 
     /// Sends a notification that belongs to no transfer. It does not wait for the peer.
     pub fn send_notification(&self, agent: &AgentName, message: &[u8]) -> Result<()> {
         if self.is_self(agent) {
-            self.shared.inbox.push(agent.clone(), message.to_vec());
+            self.works.shared.inbox.push(agent.clone(), message.to_vec());
             return Ok(());
         }
         let released = self.peer(agent)?.notify(message.to_vec())?;
         self.release(released);
-        self.shared.kick();
+        self.works.shared.kick();
         Ok(())
     }
 
@@ -420,10 +422,10 @@ impl Engine {
         kind: MemKind,
         descs: &mut dyn Iterator<Item = Desc>,
     ) -> Result<Vec<Option<BTreeMap<String, String>>>> {
-        let placement = &self.shared.placement;
+        let placement = &self.works.shared.placement;
         let describe = |desc: Desc| match kind {
             MemKind::Dram => placement.describe_host(&desc),
-            MemKind::Vram => self.shared.vram.describe(placement, &desc),
+            MemKind::Vram => self.works.shared.vram.describe(placement, &desc),
             _ => None,
         };
         Ok(descs.map(describe).collect())
@@ -432,9 +434,11 @@ impl Engine {
     /// Expected duration of a prepared request and its uncertainty, from transfers that were made.
     pub fn estimate_cost(&self, request: &Request) -> Result<(Duration, Duration)> {
         let (rates, bytes) = match request {
-            Request::Staged(transfer) => (&self.shared.remote_rates, transfer.bytes()),
-            Request::Remote(RemoteTransfer(remote)) => (&self.shared.remote_rates, remote.transfer.bytes()),
-            Request::Local(transfer) => (&self.shared.local_rates, transfer.bytes()),
+            Request::Staged(transfer) => (&self.works.shared.remote_rates, transfer.bytes()),
+            Request::Remote(RemoteTransfer(remote)) => {
+                (&self.works.shared.remote_rates, remote.transfer.bytes())
+            }
+            Request::Local(transfer) => (&self.works.shared.local_rates, transfer.bytes()),
         };
         rates.estimate(bytes).ok_or_else(|| {
             Error::not_supported(
@@ -448,15 +452,15 @@ impl Engine {
     }
 
     fn rails(&self) -> &[Arc<crate::rail::Rail>] {
-        &self.shared.local.rails
+        &self.works.shared.local.rails
     }
 
     fn is_self(&self, agent: &AgentName) -> bool {
-        *agent == self.shared.local.name
+        *agent == self.works.shared.local.name
     }
 
     fn peer(&self, agent: &AgentName) -> Result<Arc<crate::peer::Peer>> {
-        self.shared.peers.get(agent).ok_or_else(|| {
+        self.works.shared.peers.get(agent).ok_or_else(|| {
             Error::not_found(format!("there is no peer {agent}; load its metadata first (add_remote_agent)"))
         })
     }
@@ -464,10 +468,10 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        self.shared.drain();
+        self.works.drain();
         // Threads first: nothing may drive a rail that is being closed.
         drop(self.progress.take());
-        self.shared.close();
+        self.works.close();
     }
 }
 

@@ -1,16 +1,17 @@
 //! From options to open rails.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, OnceLock};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::InitParams;
 use super::discover::{self, Found, names};
+use super::mail::Mail;
 use super::placement::Placement;
 use super::shared::Shared;
-use super::staging::Staging;
 use super::vram::{self, Vram};
+use super::works::Works;
 use crate::config::{Config, Wait};
 use crate::cuda::Runtime;
 use crate::error::{Error, Result};
@@ -34,7 +35,7 @@ const SOFTWARE_OPERATIONS: u32 = 8192;
 pub(super) fn open(
     init: InitParams,
     library: Option<Libfabric>,
-) -> Result<(Arc<Shared>, Option<ProgressThreads>)> {
+) -> Result<(Arc<Works>, Option<ProgressThreads>)> {
     let config = Config::from_params(&init.params)?;
     let path = Some(Path::new(&config.libfabric_path)).filter(|path| !path.as_os_str().is_empty());
     let library = library.map_or_else(|| Libfabric::load(path), Ok)?;
@@ -65,7 +66,7 @@ pub(super) fn open(
         introduces: found.devices.iter().any(efa::is_direct),
         rails,
     });
-    let shared = Arc::new(Shared {
+    let works = Arc::new(Works::new(Shared {
         peers: PeerTable::default(),
         inbox: Inbox::new(INBOX_BYTES_MAX),
         copies: LocalCopies::default(),
@@ -74,24 +75,22 @@ pub(super) fn open(
         turns: AtomicUsize::new(first_turn(local.name.as_bytes())),
         placement,
         vram,
-        staging: Staging::default(),
+        mail: Mail::default(),
         virtual_addresses: found.devices[0].mr_virt_addr(),
         message_bytes_max: message_bytes_max(&found.devices),
         wakers: OnceLock::new(),
-        waiting: AtomicBool::new(false),
-        last_tick: AtomicU64::new(0),
-        started: Instant::now(),
         malformed: AtomicU64::new(0),
         local: Arc::clone(&local),
         config,
-    });
+    }));
+    let shared = &works.shared;
     let progress = if init.progress_thread {
         let pace = Pace {
             spin: shared.config.spin,
             nap: shared.config.sleep_max.max(init.progress_delay),
             use_wait_fd,
         };
-        let driver: Arc<dyn Driver> = Arc::clone(&shared) as Arc<dyn Driver>;
+        let driver: Arc<dyn Driver> = Arc::clone(&works) as Arc<dyn Driver>;
         let nodes: Vec<_> = local.rails.iter().map(|rail| shared.placement.numa_node(rail.id())).collect();
         let groups = deal(&nodes, shared.config.num_threads)
             .into_iter()
@@ -116,7 +115,7 @@ pub(super) fn open(
         shared.placement.origin,
         if progress.is_some() { "by threads" } else { "by the callers" },
     );
-    Ok((shared, progress))
+    Ok((works, progress))
 }
 
 /// Opens rails on the devices that were found; where none can be opened, on the first of the spares that can.

@@ -13,32 +13,18 @@ mod server;
 mod slots;
 mod transfer;
 
-use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use self::client::Client;
-use self::server::{Server, Wish};
+use self::server::Server;
 pub use self::transfer::{StagedPiece, StagedTransfer};
+use super::mail::Note;
 use super::shared::Shared;
 use crate::cuda::{Context, InFlight, Span};
 use crate::error::{Error, Result};
 use crate::memory::Registration;
-use crate::peer::Peer;
 use crate::transfer::Streams;
 use crate::types::Desc;
-use crate::wire::{PublicMetadata, Staging as Message};
-
-/// Messages taken in and not looked at.
-const MAIL_MAX: usize = 65_536;
-
-/// A message of a peer.
-enum Note {
-    Ask,
-    Lend { slot_bytes: u32, slots: u16, region: PublicMetadata },
-    Copy(Wish),
-    Copied { ticket: u64, error: Option<String> },
-}
 
 /// What an engine knows of staging.
 #[derive(Default)]
@@ -47,11 +33,8 @@ pub struct Staging {
     context: OnceLock<Context>,
     /// VRAM of this agent that is staged.
     regions: Mutex<Vec<Weak<Registration>>>,
-    mail: Mutex<VecDeque<(Arc<Peer>, Note)>>,
     posted: Mutex<Vec<Arc<StagedTransfer>>>,
     state: Mutex<State>,
-    /// There is something to do.
-    busy: AtomicBool,
 }
 
 #[derive(Default)]
@@ -100,73 +83,36 @@ impl Staging {
     }
 
     /// Takes in a transfer that has begun.
-    pub fn post(&self, transfer: Arc<StagedTransfer>) {
+    pub fn post(&self, transfer: Arc<StagedTransfer>, shared: &Shared) {
         lock(&self.posted).push(transfer);
-        self.busy.store(true, Ordering::SeqCst);
-    }
-
-    /// Takes in a message. Called while a rail is held.
-    pub fn on_message(&self, peer: Arc<Peer>, message: Message<'_>) -> Result<()> {
-        let note = match message {
-            Message::Ask => Note::Ask,
-            Message::Lend { slot_bytes, slots, region } => {
-                let region = if slots == 0 {
-                    PublicMetadata { keys: Vec::new(), addr: 0 }
-                } else {
-                    PublicMetadata::decode(region, peer.endpoint_count())?
-                };
-                Note::Lend { slot_bytes, slots, region }
-            }
-            Message::Copy { ticket, slot, into_memory, addr, len } => {
-                Note::Copy(Wish { ticket, slot, into_memory, addr, len })
-            }
-            Message::Copied { ticket, error } => {
-                let text = String::from_utf8_lossy(error).into_owned();
-                Note::Copied { ticket, error: Some(text).filter(|text| !text.is_empty()) }
-            }
-        };
-        let mut mail = lock(&self.mail);
-        if mail.len() >= MAIL_MAX {
-            return Err(Error::backend(format!("more than {MAIL_MAX} staging messages wait")));
-        }
-        mail.push_back((peer, note));
-        drop(mail);
-        self.busy.store(true, Ordering::SeqCst);
-        Ok(())
+        shared.mail.set_busy(true);
     }
 
     /// Gives up what is under way, and all slots. Nothing drives any more.
     pub fn clear(&self) {
         *lock(&self.state) = State::default();
-        lock(&self.mail).clear();
         lock(&self.posted).clear();
-        self.busy.store(false, Ordering::SeqCst);
-    }
-
-    /// Whether there is something to do.
-    pub fn is_busy(&self) -> bool {
-        self.busy.load(Ordering::SeqCst)
     }
 
     /// One turn, unless another thread has it. Returns how much was done.
     pub fn drive(&self, shared: &Shared) -> usize {
-        if !self.is_busy() {
+        if !shared.mail.is_busy() {
             return 0;
         }
         let Ok(mut state) = self.state.try_lock() else { return 0 };
         let handled = self.turn(&mut state, shared);
         // What comes in after this sets it again.
-        self.busy.store(false, Ordering::SeqCst);
-        let waits = !lock(&self.mail).is_empty() || !lock(&self.posted).is_empty();
+        shared.mail.set_busy(false);
+        let waits = !shared.mail.is_empty() || !lock(&self.posted).is_empty();
         if waits || state.server.is_busy() || state.client.is_busy() {
-            self.busy.store(true, Ordering::SeqCst);
+            shared.mail.set_busy(true);
         }
         handled
     }
 
     fn turn(&self, state: &mut State, shared: &Shared) -> usize {
         let State { streams, server, client } = state;
-        let mail = std::mem::take(&mut *lock(&self.mail));
+        let mail = shared.mail.take();
         let mut handled = mail.len();
         for (peer, note) in mail {
             match note {

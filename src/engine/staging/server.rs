@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::slots::Slots;
 use super::{Directions, Staging};
 use crate::cuda::{InFlight, Span};
+use crate::engine::mail::Wish;
 use crate::engine::shared::Shared;
 use crate::error::{Error, Result};
 use crate::memory::{Registration, begin_uses};
@@ -16,16 +17,6 @@ use crate::wire::{Body, Staging as Message};
 const SLOTS_PER_PEER: u16 = 16;
 /// Peers that hold slots at a time: with 16 slots of 1 MiB each, 1 GiB of page-locked memory.
 const LENT_MAX: usize = 64;
-
-/// A peer's wish to copy.
-#[derive(Debug, Clone, Copy)]
-pub struct Wish {
-    pub ticket: u64,
-    pub slot: u16,
-    pub into_memory: bool,
-    pub addr: u64,
-    pub len: u32,
-}
 
 struct Lent {
     peer: Arc<Peer>,
