@@ -6,7 +6,6 @@ use std::path::Path;
 /// From the top down. Modules of one row do not name one another.
 const LAYERS: &[&[&str]] = &[
     &["doctor"],
-    &["doctor"],
     &["abi"],
     &["engine"],
     &["peer", "transfer"],
