@@ -23,7 +23,8 @@ from pair import LONG_LISTS, OPERATIONS, SHAPES, Pair
 from tables import on_or_off, report
 
 PLUGINS = {"tcp": "ours,stock,ucx", "efa": "ours,stock"}
-FAILURES = (Refused, NoAnswer, Died, AssertionError)
+# The last: a process that ended before it was asked.
+FAILURES = (Refused, NoAnswer, Died, AssertionError, BrokenPipeError)
 
 
 def network_of(text):
