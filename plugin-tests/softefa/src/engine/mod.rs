@@ -27,8 +27,11 @@ use state::State;
 const PIECES_PER_DRIVE: usize = 64;
 /// Drives in a row that one poll or post makes at most.
 const DRIVES_PER_CALL: usize = 4;
-/// For this long after a poll the thread leaves the work to whoever polls.
-const POLLER_NS: u64 = 1_000_000;
+/// Polls this close together come from a caller that does nothing else.
+const POLLING_GAP_NS: u64 = 10_000;
+/// The thread leaves the work to callers who polled for one part in so many of its last nap: one that sleeps between its
+/// polls is no NIC.
+const POLLING_PART: u64 = 2;
 /// How long the thread naps meanwhile.
 const NAP: Duration = Duration::from_millis(1);
 /// How often the thread does what needs doing now and then.
@@ -50,6 +53,8 @@ pub struct Engine {
     /// When there is something to do without a bell, in nanoseconds of the monotonic clock.
     next_due: AtomicU64,
     last_poll: AtomicU64,
+    /// How long callers polled without a pause since the thread last looked.
+    polled_ns: AtomicU64,
 }
 
 /// The tables, held. What was put on the agenda meanwhile is known to the engine when this ends.
@@ -112,6 +117,7 @@ impl Engine {
             seen_bell: AtomicU64::new(u64::MAX),
             next_due: AtomicU64::new(u64::MAX),
             last_poll: AtomicU64::new(0),
+            polled_ns: AtomicU64::new(0),
         })
     }
 
@@ -136,13 +142,17 @@ impl Engine {
 
     /// A caller looks for completions: does what there is to do.
     pub fn poll(&self) {
-        self.last_poll.store(now_ns(), Ordering::Relaxed);
+        let now = now_ns();
+        let gap = now.saturating_sub(self.last_poll.swap(now, Ordering::Relaxed));
+        if gap < POLLING_GAP_NS {
+            self.polled_ns.fetch_add(gap, Ordering::Relaxed);
+        }
         self.drive();
     }
 
     /// A caller is about to sleep until a completion: from now on the thread works at once.
     pub fn expect_sleep(&self) {
-        self.last_poll.store(0, Ordering::Relaxed);
+        self.polled_ns.store(0, Ordering::Relaxed);
         self.mailbox.ring();
     }
 
@@ -211,9 +221,12 @@ impl Engine {
 
     fn run(&self) {
         let mut house = house::House::new();
+        let mut last = now_ns();
         loop {
-            let polled_ns = now_ns().saturating_sub(self.last_poll.load(Ordering::Relaxed));
-            let poller = polled_ns < POLLER_NS;
+            let now = now_ns();
+            let polled_ns = self.polled_ns.swap(0, Ordering::Relaxed);
+            let poller = polled_ns > 0 && polled_ns * POLLING_PART >= now - last;
+            last = now;
             if !poller {
                 self.drive();
             }
