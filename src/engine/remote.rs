@@ -153,21 +153,20 @@ impl<'e, 'a> Preparation<'e, 'a> {
         while let (Some(here), Some(there)) = (local.get(at), remote.get(at)) {
             let key = key_of(here, there);
             let pair = self.pair(key, here, there)?;
-            let cutter = &mut self.sets[pair.set].cutter;
-            for (here, there) in local[at..].iter().zip(&remote[at..]) {
-                if key_of(here, there) != key {
-                    break;
-                }
+            let both = local[at..].iter().zip(&remote[at..]);
+            let alike = both.map_while(|(here, there)| {
                 let (near, far) = (here.desc(), there.desc());
                 // That the local side lies in its region is looked at when the list is made.
                 let offset = far.addr.wrapping_sub(pair.there.0);
-                let inside = offset <= pair.there.1 && far.len <= pair.there.1 - offset;
-                if near.len != far.len || !inside {
-                    return Err(mismatch(here, there));
-                }
-                cutter.add(near.addr, far.addr.wrapping_sub(pair.base), near.len, pair.index);
-                at += 1;
+                let inside = offset <= pair.there.1 && near.len <= pair.there.1 - offset;
+                let fits = key_of(here, there) == key && near.len == far.len && inside;
+                fits.then(|| (near.addr, far.addr.wrapping_sub(pair.base), near.len))
+            });
+            let added = self.sets[pair.set].cutter.extend(pair.index, alike);
+            if added == 0 {
+                return Err(mismatch(here, there));
             }
+            at += added;
         }
         Ok(())
     }

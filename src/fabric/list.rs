@@ -54,15 +54,16 @@ impl RmaList {
         let pairs = pairs_of(&lanes)?;
         let len_max = lanes.iter().map(|lane| lane.domain.device().max_msg_size()).min().unwrap_or(0) as u64;
         let mut bytes = 0;
-        let (mut known, mut start, mut size) = (u32::MAX, 0, 0);
+        let (mut known, mut start, mut size, mut longest) = (u32::MAX, 0, 0, 0);
         for slice in &slices {
             if slice.pair != known {
                 known = slice.pair;
                 let local = pairs.get(known as usize).cloned().unwrap_or_default();
                 (start, size) = (local.start, local.end.saturating_sub(local.start));
+                longest = len_max.min(size);
             }
             let (offset, len) = (slice.local_addr.wrapping_sub(start), u64::from(slice.len));
-            if offset > size || len > (size - offset).min(len_max) {
+            if len > longest || offset > size - len {
                 return Err(refused(format!(
                     "{} bytes at {:#x} are not inside their region, or more than one operation takes ({len_max})",
                     slice.len, slice.local_addr

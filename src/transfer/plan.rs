@@ -66,8 +66,6 @@ pub struct Cutter {
     message_bytes_max: u64,
     lanes: u64,
     slices: Vec<Slice>,
-    /// Where a descriptor begins that continues the last piece, and in which pair of regions.
-    next: (u64, u64, u32),
     /// The last piece, if it is too long for one slice; else it is the last slice.
     long: Option<Piece>,
 }
@@ -78,6 +76,20 @@ struct Piece {
     remote_addr: u64,
     len: u64,
     pair: u32,
+}
+
+impl Piece {
+    fn continues(&self, last: &Self) -> bool {
+        let ends =
+            (last.local_addr.wrapping_add(last.len), last.remote_addr.wrapping_add(last.len), last.pair);
+        (self.local_addr, self.remote_addr, self.pair) == ends
+    }
+}
+
+impl From<Slice> for Piece {
+    fn from(Slice { local_addr, remote_addr, len, pair }: Slice) -> Self {
+        Self { local_addr, remote_addr, len: len.into(), pair }
+    }
 }
 
 impl Cutter {
@@ -92,24 +104,29 @@ impl Cutter {
             message_bytes_max,
             lanes: lanes as u64,
             slices: Vec::with_capacity(capacity),
-            next: (0, 0, u32::MAX),
             long: None,
         }
     }
 
-    /// Adds a descriptor pair. None of it wraps around, or it will be refused when its region is looked at.
+    /// Adds pairs of descriptors of one pair of regions: address here, address there, length. Returns how many there were.
+    /// None of them wraps around, or it will be refused when its region is looked at.
     #[inline]
-    pub fn add(&mut self, local_addr: u64, remote_addr: u64, len: u64, pair: u32) {
-        if len == 0 {
-            return;
+    pub fn extend(&mut self, pair: u32, pieces: impl Iterator<Item = (u64, u64, u64)>) -> usize {
+        let mut count = 0;
+        // Where the last piece ends here, and up to which length others are a slice at once.
+        let (mut end, mut plain_max) = self.state();
+        for (local_addr, remote_addr, len) in pieces {
+            count += 1;
+            // One comparison tells what is rare: nothing to move, or more than one slice takes.
+            if len.wrapping_sub(1) < plain_max && local_addr != end {
+                self.slices.push(Slice { local_addr, remote_addr, len: len as u32, pair });
+                end = local_addr.wrapping_add(len);
+            } else if len > 0 {
+                self.add_slowly(Piece { local_addr, remote_addr, len, pair });
+                (end, plain_max) = self.state();
+            }
         }
-        let continues = self.next == (local_addr, remote_addr, pair);
-        self.next = (local_addr.wrapping_add(len), remote_addr.wrapping_add(len), pair);
-        if continues || self.long.is_some() || len > self.whole_bytes_max {
-            self.add_slowly(continues, Piece { local_addr, remote_addr, len, pair });
-        } else {
-            self.slices.push(Slice { local_addr, remote_addr, len: len as u32, pair });
-        }
+        count
     }
 
     /// The slices.
@@ -118,27 +135,37 @@ impl Cutter {
         self.slices
     }
 
-    fn add_slowly(&mut self, continues: bool, piece: Piece) {
-        let len_max = self.whole_bytes_max;
-        match (&mut self.long, self.slices.last_mut()) {
-            (Some(long), _) if continues => long.len = long.len.saturating_add(piece.len),
-            (None, Some(last)) if continues => {
-                let len = u64::from(last.len).saturating_add(piece.len);
-                if len <= len_max {
-                    last.len = len as u32;
+    fn state(&self) -> (u64, u64) {
+        match (&self.long, self.slices.last()) {
+            (Some(long), _) => (long.local_addr.wrapping_add(long.len), 0),
+            (None, Some(last)) => (last.local_addr.wrapping_add(last.len.into()), self.whole_bytes_max),
+            (None, None) => (0, self.whole_bytes_max),
+        }
+    }
+
+    fn add_slowly(&mut self, piece: Piece) {
+        if let Some(long) = &mut self.long {
+            if piece.continues(long) {
+                long.len = long.len.saturating_add(piece.len);
+                return;
+            }
+            self.cut_long();
+        } else if let Some(last) = self.slices.last_mut() {
+            let mut whole = Piece::from(*last);
+            if piece.continues(&whole) {
+                whole.len = whole.len.saturating_add(piece.len);
+                if whole.len <= self.whole_bytes_max {
+                    last.len = whole.len as u32;
                 } else {
-                    let Slice { local_addr, remote_addr, pair, .. } = *last;
-                    self.long = Some(Piece { local_addr, remote_addr, len, pair });
                     self.slices.pop();
+                    self.long = Some(whole);
                 }
+                return;
             }
-            _ => {
-                self.cut_long();
-                self.long = Some(piece);
-                if piece.len <= len_max {
-                    self.cut_long();
-                }
-            }
+        }
+        self.long = Some(piece);
+        if piece.len <= self.whole_bytes_max {
+            self.cut_long();
         }
     }
 
@@ -205,15 +232,18 @@ mod tests {
             message_bytes_max in prop::sample::select(vec![4096u64, 1 << 20, 1 << 30]),
         ) {
             let mut cutter = Cutter::new(&Cutting { message_bytes_max, ..CUTTING }, lanes, descs.len());
-            let (mut at, mut last, mut expected) = (1 << 20, 0, Vec::new());
+            let (mut at, mut last, mut expected, mut pieces) = (1 << 20, 0, Vec::new(), Vec::new());
             for (len, continues, pair) in descs {
                 // The other pair's memory is elsewhere.
                 let continues = continues && pair == last;
                 at += u64::from(!continues);
-                cutter.add(at + (u64::from(pair) << 50), at ^ (1 << 40), len, pair);
+                pieces.push((pair, (at + (u64::from(pair) << 50), at ^ (1 << 40), len)));
                 expected.extend((len > 0).then_some((at, at + len, pair)));
                 at += len;
                 last = pair;
+            }
+            for run in pieces.chunk_by(|a, b| a.0 == b.0) {
+                prop_assert_eq!(cutter.extend(run[0].0, run.iter().map(|piece| piece.1)), run.len());
             }
             let slices = cutter.finish();
             let mut bytes = slices.iter().flat_map(|slice| {
@@ -250,9 +280,7 @@ mod tests {
     fn neighbours_join_and_large_pieces_are_cut_for_all_lanes() {
         let cut = |lanes, descs: &[(u64, u64)]| {
             let mut cutter = Cutter::new(&CUTTING, lanes, 0);
-            for &(addr, len) in descs {
-                cutter.add(addr, addr + 500, len, 0);
-            }
+            cutter.extend(0, descs.iter().map(|&(addr, len)| (addr, addr + 500, len)));
             cutter.finish().into_iter().map(|slice| u64::from(slice.len)).collect::<Vec<_>>()
         };
         assert_eq!(cut(4, &[(10, 20), (30, 5), (36, 1)]), [25, 1]);

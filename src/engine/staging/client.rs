@@ -323,7 +323,7 @@ impl Client {
             return Err(Error::invalid(format!("{} sent no key for its staging memory", staged.peer.name())));
         }
         let mut cutter = Cutter::new(&shared.cutting(), lanes.len(), 1);
-        cutter.add(local_addr, remote_addr.wrapping_sub(base), chunk.len, 0);
+        cutter.extend(0, std::iter::once((local_addr, remote_addr.wrapping_sub(base), chunk.len)));
         let region_on = |rail: RailId| match (chunk.local_slot, own) {
             (Some(_), Some(own)) => Some(own.region(rail)),
             _ => piece.local.region(rail),
