@@ -16,6 +16,10 @@ def counted(network, host, devices, counter):
     return {name: values[counter] for name, values in counters.items() if values[counter]}
 
 
+def total(network, counter):
+    return sum(counted(network, 0, None, counter).values())
+
+
 def wrote(network, host, devices=None):
     """Bytes written by RDMA, by device, of the devices that wrote; or read by the target in place of that."""
     return counted(network, host, devices, "rdma_write_bytes" if network.writes else "rdma_read_resp_bytes")
@@ -229,6 +233,29 @@ def test_device_that_dies(bed, efa, progress):
     # When it is well again, so are transfers.
     efa.control()
     write_all(first, third, MIB, 5)
+
+
+@pytest.mark.ours
+def test_writes_share_doorbells(bed, efa):
+    """A list that nothing of can be joined: the device is told once for sixteen writes, or for fewer at the ends of the queues."""
+    if not efa.writes:
+        pytest.skip("the device writes by messages")
+    count, block = 4096, 4096
+    first, second = bed.pair(progress_thread=False)
+    source, target = first.buffer(2 * count * block, seed=1), second.buffer(2 * count * block)
+    first.knows(second)
+    blocks = [slice(2 * i * block, (2 * i + 1) * block) for i in range(count)]
+
+    def transfer():
+        before = [total(efa, name) for name in ("softefa_posted_wrs", "softefa_doorbells")]
+        first.transfer("WRITE", [source[b] for b in blocks], [target[b] for b in blocks], second)
+        after = [total(efa, name) for name in ("softefa_posted_wrs", "softefa_doorbells")]
+        return [new - old for new, old in zip(after, before)]
+
+    transfer()
+    posted, doorbells = transfer()
+    assert posted == count
+    assert 16 * doorbells <= 1.1 * posted, f"{doorbells} doorbells"
 
 
 @pytest.mark.ours
