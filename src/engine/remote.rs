@@ -227,18 +227,13 @@ impl<'e, 'a> Preparation<'e, 'a> {
             if slices.is_empty() {
                 continue;
             }
-            let regions = |rail: RailId| -> Result<Vec<_>> {
-                set.pairs.iter().map(|(registration, _)| region_on(registration, rail)).collect()
-            };
-            let ways = set.lanes.iter().enumerate().map(|(at, lane)| {
-                let keys = set.pairs.iter().map(|(_, keys)| keys[at]);
-                Ok(regions(lane.rail)?
-                    .into_iter()
-                    .zip(keys)
-                    .map(|(region, key)| Way { region, key })
-                    .collect())
-            });
-            let list = RmaList::new(slices, ways.collect::<Result<_>>()?).map_err(|e| {
+            let mut ways = Vec::with_capacity(set.lanes.len() * set.pairs.len());
+            for (at, lane) in set.lanes.iter().enumerate() {
+                for (registration, keys) in &set.pairs {
+                    ways.push(Way { region: region_on(registration, lane.rail)?, key: keys[at] });
+                }
+            }
+            let list = RmaList::new(slices, ways, set.pairs.len()).map_err(|e| {
                 let wrong = local.iter().zip(remote).find_map(|(here, there)| outside(here, there));
                 wrong.unwrap_or_else(|| e.into())
             })?;

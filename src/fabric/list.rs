@@ -7,7 +7,6 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::domain::Domain;
 use super::error::FabricError;
 use super::memory::MemoryRegion;
 
@@ -34,31 +33,40 @@ pub struct Way {
     pub key: u64,
 }
 
-pub(super) struct Lane {
-    pub(super) domain: Arc<Domain>,
-    /// One for each pair.
-    pub(super) ways: Box<[Way]>,
-}
-
 /// Operations that go over any of some lanes, each over one.
 pub struct RmaList {
     slices: Box<[Slice]>,
-    lanes: Box<[Lane]>,
+    /// Those of the first lane, then those of the second, and so on.
+    ways: Box<[Way]>,
+    pairs: usize,
     bytes: u64,
 }
 
 impl RmaList {
-    /// A list of `slices`. `lanes` has, for each lane, a way for each pair.
-    pub fn new(slices: Vec<Slice>, lanes: Vec<Vec<Way>>) -> Result<Self, FabricError> {
-        let lanes = lanes.into_iter().map(Lane::new).collect::<Result<Box<[_]>, _>>()?;
-        let pairs = pairs_of(&lanes)?;
-        let len_max = lanes.iter().map(|lane| lane.domain.device().max_msg_size()).min().unwrap_or(0) as u64;
+    /// A list of `slices`, which lie in so many pairs of regions. `ways` has one for each pair, lane after lane.
+    pub fn new(slices: Vec<Slice>, ways: Vec<Way>, pairs: usize) -> Result<Self, FabricError> {
+        if ways.is_empty() || pairs == 0 || !ways.len().is_multiple_of(pairs) {
+            return Err(refused(format!("{} ways for lanes of {pairs}", ways.len())));
+        }
+        for lane in ways.chunks(pairs) {
+            if lane.iter().any(|way| !Arc::ptr_eq(way.region.domain(), lane[0].region.domain())) {
+                return Err(refused("the ways of a lane are registered on several NICs"));
+            }
+        }
+        let len_max = ways
+            .iter()
+            .step_by(pairs)
+            .map(|way| way.region.domain().device().max_msg_size())
+            .min()
+            .unwrap_or(0) as u64;
+        let locals: Vec<_> =
+            (0..pairs).map(|pair| everywhere(ways.iter().skip(pair).step_by(pairs))).collect();
         let mut bytes = 0;
         let (mut known, mut start, mut size, mut longest) = (u32::MAX, 0, 0, 0);
         for slice in &slices {
             if slice.pair != known {
                 known = slice.pair;
-                let local = pairs.get(known as usize).cloned().unwrap_or_default();
+                let local = locals.get(known as usize).cloned().unwrap_or_default();
                 (start, size) = (local.start, local.end.saturating_sub(local.start));
                 longest = len_max.min(size);
             }
@@ -74,7 +82,7 @@ impl RmaList {
         if u32::try_from(slices.len()).is_err() {
             return Err(refused("a transfer may have at most 4294967295 operations"));
         }
-        Ok(Self { slices: slices.into(), lanes, bytes })
+        Ok(Self { slices: slices.into(), ways: ways.into(), pairs, bytes })
     }
 
     /// Operations.
@@ -97,38 +105,28 @@ impl RmaList {
         &self.slices
     }
 
-    pub(super) fn lane(&self, lane: u16) -> Option<&Lane> {
-        self.lanes.get(lane as usize)
+    /// Lanes.
+    pub fn lanes(&self) -> usize {
+        self.ways.len() / self.pairs
+    }
+
+    /// The ways of a lane, one for each pair. All are of one NIC.
+    pub(super) fn lane(&self, lane: u16) -> Option<&[Way]> {
+        self.ways.chunks(self.pairs).nth(lane.into())
     }
 }
 
 impl std::fmt::Debug for RmaList {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} operations of {} bytes over {} lanes", self.slices.len(), self.bytes, self.lanes.len())
+        write!(f, "{} operations of {} bytes over {} lanes", self.slices.len(), self.bytes, self.lanes())
     }
 }
 
-impl Lane {
-    fn new(ways: Vec<Way>) -> Result<Self, FabricError> {
-        let first = ways.first().ok_or_else(|| refused("a lane without a way"))?;
-        let domain = Arc::clone(first.region.domain());
-        if ways.iter().any(|way| !Arc::ptr_eq(way.region.domain(), &domain)) {
-            return Err(refused("the ways of a lane are registered on several NICs"));
-        }
-        Ok(Self { domain, ways: ways.into() })
-    }
-}
-
-/// Local addresses of each pair that lie in its region on every lane.
-fn pairs_of(lanes: &[Lane]) -> Result<Vec<Range<u64>>, FabricError> {
-    let count = lanes.first().map_or(0, |lane| lane.ways.len());
-    if lanes.iter().any(|lane| lane.ways.len() != count) {
-        return Err(refused("lanes with different numbers of ways"));
-    }
+/// Local addresses that lie in the regions of all these ways.
+fn everywhere<'a>(ways: impl Iterator<Item = &'a Way>) -> Range<u64> {
     let range = |way: &Way| way.region.addr()..way.region.addr() + way.region.len();
     let common = |a: Range<u64>, b: Range<u64>| a.start.max(b.start)..a.end.min(b.end);
-    let everywhere = |pair: usize| lanes.iter().map(|lane| range(&lane.ways[pair])).reduce(common);
-    Ok((0..count).filter_map(everywhere).collect())
+    ways.map(range).reduce(common).unwrap_or_default()
 }
 
 fn refused(text: impl Into<String>) -> FabricError {

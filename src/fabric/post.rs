@@ -86,10 +86,10 @@ impl Endpoint {
         imm: Option<u32>,
     ) -> Result<()> {
         const CALL: &str = "begin";
-        let Some(way) = list.lane(lane) else {
+        let Some([way, ..]) = list.lane(lane) else {
             return Err(FabricError::refused(CALL, format!("{list:?} has no lane {lane}")));
         };
-        if !Arc::ptr_eq(&way.domain, self.domain()) {
+        if !Arc::ptr_eq(way.region.domain(), self.domain()) {
             return Err(FabricError::refused(CALL, "the memory is registered on another NIC"));
         }
         if self.peers.raw(dest).is_none() {
@@ -124,7 +124,7 @@ impl Endpoint {
             return PostedSlices { count: 0, bytes: 0, stopped: Some(Err(error)) };
         };
         let (list, dest) = (&entry.list, entry.peer);
-        let Some(lane) = list.lane(entry.lane) else {
+        let Some(ways) = list.lane(entry.lane) else {
             unreachable!("`begin` looked it up");
         };
         let Some(submit) = self.submit(op) else {
@@ -144,7 +144,7 @@ impl Endpoint {
         let (mut count, mut bytes, mut stopped, mut open) = (0, 0, None, false);
         for index in range.start..end {
             let slice = &list.slices()[index as usize];
-            let way = &lane.ways[slice.pair as usize];
+            let way = &ways[slice.pair as usize];
             let Some((operation, context)) = self.slots.claim(share, slice.len) else {
                 stopped = Some(Ok(Posted::Again));
                 break;

@@ -126,7 +126,7 @@ fn list(local: &RegisteredBuffer, remote: &RegisteredBuffer, pieces: &[(usize, u
         pair: 0,
     };
     let way = Way { region: local.region().clone(), key: remote.region().key() };
-    Arc::new(RmaList::new(pieces.iter().map(slice).collect(), vec![vec![way]]).unwrap())
+    Arc::new(RmaList::new(pieces.iter().map(slice).collect(), vec![way], 1).unwrap())
 }
 
 /// Posts all of a list as share 0, driving both sides until it is done; gives what the completions say.
@@ -201,14 +201,14 @@ fn what_is_wrong_is_refused_before_libfabric_sees_it() {
         ("wraps around", slice(u64::MAX, u32::MAX, 0)),
         ("no such pair", slice(at, 100, 1)),
     ] {
-        let error = RmaList::new(slices, vec![vec![way(&local)]]).unwrap_err();
+        let error = RmaList::new(slices, vec![way(&local)], 1).unwrap_err();
         assert_eq!(error.code, libc::EINVAL, "{what}");
     }
-    assert!(RmaList::new(slice(at, 100, 0), vec![vec![way(&local)], vec![way(&foreign)]]).is_err());
-    assert!(RmaList::new(slice(at, 100, 0), vec![vec![way(&local), way(&foreign)]]).is_err());
-    assert!(RmaList::new(slice(at, 100, 0), vec![vec![way(&local)], Vec::new()]).is_err());
-    let good = Arc::new(RmaList::new(slice(at, 100, 0), vec![vec![way(&local)]]).unwrap());
-    let elsewhere = RmaList::new(slice(foreign.addr_of(0), 100, 0), vec![vec![way(&foreign)]]).unwrap();
+    assert!(RmaList::new(slice(at, 100, 0), vec![way(&local), way(&foreign)], 1).is_err());
+    assert!(RmaList::new(slice(at, 100, 0), vec![way(&local), way(&foreign)], 2).is_err());
+    assert!(RmaList::new(slice(at, 100, 0), vec![way(&local)], 2).is_err());
+    let good = Arc::new(RmaList::new(slice(at, 100, 0), vec![way(&local)], 1).unwrap());
+    let elsewhere = RmaList::new(slice(foreign.addr_of(0), 100, 0), vec![way(&foreign)], 1).unwrap();
     assert!(a.endpoint.begin(0, Arc::new(elsewhere), 0, to_b, None).is_err(), "another NIC's memory");
     assert!(a.endpoint.begin(0, Arc::clone(&good), 1, to_b, None).is_err(), "no such lane");
     assert!(a.endpoint.post_slices(0, Op::Write, 0..1, 1, false).stopped.unwrap().is_err(), "not begun");

@@ -97,7 +97,7 @@ impl Rails {
                 pair: 0,
             };
             let way = Way { region: rail.source.region().clone(), key };
-            let write = Arc::new(RmaList::new(vec![slice], vec![vec![way]])?);
+            let write = Arc::new(RmaList::new(vec![slice], vec![way], 1)?);
             rail.peers.push(Peer { address, write });
         }
         Ok(())

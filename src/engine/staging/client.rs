@@ -328,10 +328,10 @@ impl Client {
             (Some(_), Some(own)) => Some(own.region(rail)),
             _ => piece.local.region(rail),
         };
-        let way = |(lane, key): (&plan::Lane, u64)| Some(vec![Way { region: region_on(lane.rail)?, key }]);
+        let way = |(lane, key): (&plan::Lane, u64)| Some(Way { region: region_on(lane.rail)?, key });
         let ways: Option<_> = lanes.iter().zip(keys).map(way).collect();
         let ways = ways.ok_or_else(|| Error::not_found("a local region is being deregistered"))?;
-        let list = Arc::new(RmaList::new(cutter.finish(), ways)?);
+        let list = Arc::new(RmaList::new(cutter.finish(), ways, 1)?);
         let transfer = Transfer::new(staged.op, vec![Part { lanes, list }], registrations);
         let remote = Arc::new(Remote { transfer, peer: Arc::clone(&staged.peer) });
         remote.post(None, shared)?;
