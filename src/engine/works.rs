@@ -87,8 +87,7 @@ impl Works {
             }
         }
         self.staging.clear();
-        // The control rail last: transfers that end on the others leave messages there.
-        for rail in self.shared.local.rails.iter().rev() {
+        for rail in &self.shared.local.rails {
             self.shared.vram.within(|| rail.close(&mut events));
             self.shared.act(std::mem::take(&mut events));
             log::debug!("rail {} ({}): {}", rail.id(), rail.device().domain_name(), rail.counters());

@@ -134,9 +134,6 @@ impl Endpoint {
     ///
     /// An error says that the queue itself has failed; failures of operations are entries.
     pub fn poll(&mut self, out: &mut Vec<Completion>) -> Result<usize, FabricError> {
-        if self.open_batch.is_some() {
-            return Ok(0);
-        }
         let mut entries: [MaybeUninit<sys::fi_cq_data_entry>; POLL_ENTRIES_MAX] =
             [const { MaybeUninit::uninit() }; POLL_ENTRIES_MAX];
         let cq = self.cq.as_ptr();

@@ -262,9 +262,6 @@ impl Endpoint {
         kind: u64,
         submit: impl FnOnce(*mut sys::fid_ep, *const sys::fi_msg) -> isize,
     ) -> Result<Posted> {
-        if self.open_batch.is_some() {
-            return Ok(Posted::Again);
-        }
         let (region, addr) = (local.buffer.region(), local.buffer.addr_of(local.offset));
         if !region.contains(addr, local.len) {
             return Err(FabricError::refused(

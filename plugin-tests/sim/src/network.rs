@@ -539,6 +539,7 @@ impl State {
             && let Some(entry) = self.avs[av].1.get_mut(address as usize).and_then(Option::as_mut)
         {
             entry.in_flight -= 1;
+            entry.reached |= error.is_none() && !message;
         }
         if let Some(cq) = self.eps[source].cq {
             self.cqs[cq].entries.push_back(Entry { context, flags, len: 0, data: 0, error });

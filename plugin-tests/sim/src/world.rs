@@ -212,6 +212,8 @@ pub(crate) struct Arrival {
 pub(crate) struct AvEntry {
     pub target: Option<usize>,
     pub in_flight: u32,
+    /// It has completed a write or a read.
+    pub reached: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -43,7 +43,7 @@ pub(super) unsafe extern "C" fn av_insert(
     }
     let target = state.names.get(&name).copied();
     let entries = &mut state.avs[av.index].1;
-    entries.push(Some(AvEntry { target, in_flight: 0 }));
+    entries.push(Some(AvEntry { target, in_flight: 0, reached: false }));
     // SAFETY: the caller gives a place for the address.
     unsafe { address.write(entries.len() as u64 - 1) };
     1

@@ -282,6 +282,11 @@ impl State {
         }
         if self.address(this, order.address).is_none() {
             wrong.push("to an address that is not in the address vector");
+        } else if order.flags & sys::FI_MORE != 0
+            && !self.address(this, order.address).is_some_and(|to| to.reached)
+        {
+            // Before efa's handshake is over such a batch is queued, and never sent.
+            wrong.push("in a batch, to a peer that has completed nothing");
         }
         let mr = self.open_mr(ep, order.descriptor, order.local);
         if mr.is_none() {

@@ -225,7 +225,7 @@ impl Side {
             }
         };
         let slices = vec![Slice { local_addr, remote_addr, len: len as u32, pair: 0 }; count];
-        let list = Arc::new(RmaList::new(slices, vec![vec![Way { region, key }]]).map_err(text)?);
+        let list = Arc::new(RmaList::new(slices, vec![Way { region, key }], 1).map_err(text)?);
         let (share, end) = (self.next_share, list.len());
         self.next_share += 1;
         self.endpoint.begin(share, list, 0, dest, imm).map_err(text)?;
