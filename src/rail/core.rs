@@ -28,6 +28,9 @@ const OPERATIONS_MAX: u32 = 8192;
 /// Commands taken in and completion batches handled before posting gets its turn.
 const COMMANDS_PER_TURN: usize = 256;
 const POLLS_PER_TURN: usize = 8;
+/// Polls of a turn that find nothing before it is taken that there is nothing, where the provider moves data in our polls:
+/// tcp's takes in one operation of a peer for each, and says nothing of it.
+const QUIET_POLLS_MAX: usize = 4;
 /// How often it is looked at what comes without a completion.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -91,6 +94,8 @@ pub(super) struct Core {
     completions: Vec<Completion>,
     /// Whether several writes may share a doorbell, to peers that have been reached.
     batches: bool,
+    /// See [`QUIET_POLLS_MAX`]; one where a NIC moves the data.
+    quiet_polls_max: usize,
     /// Whether the provider shakes hands with a peer before it moves data, and says nothing if it gets no answer.
     shakes_hands: bool,
     /// The time at the start of this turn.
@@ -146,6 +151,7 @@ impl Core {
         receives.post(&mut endpoint)?;
         Ok(Self {
             batches,
+            quiet_polls_max: if efa::is_efa(device.provider()) { 1 } else { QUIET_POLLS_MAX },
             shakes_hands: efa::shakes_hands(device),
             endpoint,
             id,
@@ -293,7 +299,7 @@ impl Core {
 
     fn poll(&mut self, events: &mut Vec<Event>) -> usize {
         let mut handled = 0;
-        for _ in 0..POLLS_PER_TURN {
+        for turn in 1..=POLLS_PER_TURN {
             let mut completions = std::mem::take(&mut self.completions);
             let outcome = self.endpoint.poll(&mut completions);
             for completion in completions.drain(..) {
@@ -301,7 +307,7 @@ impl Core {
             }
             self.completions = completions;
             match outcome {
-                Ok(0) => break,
+                Ok(0) if handled > 0 || turn >= self.quiet_polls_max => break,
                 Ok(count) => handled += count,
                 Err(e) => {
                     self.break_down(e, events);

@@ -1,7 +1,7 @@
 //! What happens on the network, and when.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, VecDeque};
 
 use nixl_libfabric::sys::libfabric as sys;
 use nixl_libfabric::wire::{Body, ControlMessage, Handshake, Immediate};
@@ -65,7 +65,7 @@ pub(crate) enum Event {
 pub(crate) struct Schedule {
     heap: BinaryHeap<Reverse<(u64, u64, Event)>>,
     /// Events that are due at hosts that have not polled yet, by endpoint.
-    waiting: Vec<Vec<Event>>,
+    waiting: Vec<VecDeque<Event>>,
     /// Events of writes and reads that are held back.
     held: Vec<Event>,
     counter: u64,
@@ -129,20 +129,23 @@ impl State {
                 Some(ep) => {
                     let waiting = &mut self.schedule.waiting;
                     if waiting.len() <= ep {
-                        waiting.resize_with(ep + 1, Vec::new);
+                        waiting.resize_with(ep + 1, VecDeque::new);
                     }
-                    waiting[ep].push(event);
+                    waiting[ep].push_back(event);
                 }
                 None => self.run(event),
             }
         }
     }
 
-    /// The target's software has a look: what waited for that happens.
+    /// The target's software has a look: of what waited for that it takes in one operation, as tcp does.
     pub(crate) fn on_poll(&mut self, ep: usize) {
-        let Some(waiting) = self.schedule.waiting.get_mut(ep).map(std::mem::take) else { return };
-        for event in waiting {
+        while let Some(event) = self.schedule.waiting.get_mut(ep).and_then(VecDeque::pop_front) {
             self.run(event);
+            let (Event::Piece { flight, .. } | Event::Arrive { flight }) = event else { continue };
+            if self.flights.get(&flight).is_none_or(|flight| flight.pieces_left == 0) {
+                break;
+            }
         }
     }
 

@@ -105,6 +105,26 @@ fn a_peer_that_never_answered_ends_the_wait_and_one_that_did_is_waited_for() {
     group.close();
 }
 
+/// Where the target's software moves the data, one look moves more than one operation, although none of them tells it so.
+#[test]
+fn a_target_that_looks_seldom_takes_in_several_operations_each_time() {
+    let mut group = Group::new(2, TCP, 1, OPTIONS);
+    group.live(20);
+    let pieces: Vec<_> = (0..64).map(|i| (i * 256, 8)).collect();
+    let request = group.prepare(Op::Write, 0, 1, &pieces).unwrap();
+    group.engine(0).post_xfer(&request, None).unwrap();
+    let mut looks = 0;
+    while group.engine(0).check_xfer(&request) == Ok(Status::InProgress) {
+        group.world.pass(1_000_000);
+        assert!(group.engine(1).take_notifications().unwrap().is_empty());
+        looks += 1;
+        assert!(looks <= 64 / 2, "an operation or less for each look");
+    }
+    assert_eq!(group.finish(0, &request), Ok(Status::Success));
+    drop(request);
+    group.close();
+}
+
 /// Posts without an end, some without notification, some released in flight.
 #[test]
 fn of_many_notifications_each_comes_once() {
