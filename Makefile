@@ -90,7 +90,7 @@ test-vllm: setup plugin softefa ## vLLM on CPUs, prefill and decode in two engin
 	python3 plugin-tests/vllm/setup.py
 	$(PYTHON) plugin-tests/vllm/run.py $(ARGS)
 
-bench: setup plugin softefa ## ours beside the stock plugin and UCX: ARGS="--network efa:4"; Markdown and JSON under target/bench
+bench: setup plugin softefa ## ours beside the stock plugin and UCX: ARGS="--network efa:4"; Markdown, JSON and SVG in target/bench
 	$(PYTHON) benches/compare.py $(ARGS)
 
 cost: setup plugin softefa ## instructions per descriptor by callgrind, ours and stock: ARGS="--networks tcp:1 --descriptors 4096"

@@ -1,8 +1,8 @@
 """Ours beside NIXL's own LIBFABRIC plugin, UCX and other builds of ours, on one machine, in one run. Run by `make bench`.
 
 Every round starts a fresh pair of agents for each plugin, with and without progress thread, one pair at a time and in a
-changing order, and measures all shapes on it (pair.py); the tables (tables.py) hold medians over all samples of all rounds. Every
-LIBFABRIC plugin runs on the same libfabric. Method and results: benches/README.md.
+changing order, and measures all shapes on it (pair.py); the tables (tables.py) and plots (plots.py) hold medians over all
+samples of all rounds. Every LIBFABRIC plugin runs on the same libfabric. Method and results: benches/README.md.
 
 What the numbers are not: two busy-polling processes on a small machine measure its scheduler as much as the plugin, and neither
 tcp nor a software device is EFA. Only the ratios within one run mean something.
@@ -19,6 +19,7 @@ from bed.agent import Died, NoAnswer, Refused
 from bed.networks import OneHost
 from bed.softefa import SoftEfa
 
+import plots
 from pair import LONG_LISTS, OPERATIONS, SHAPES, Pair
 from tables import on_or_off, report
 
@@ -110,7 +111,8 @@ def main():
     start.with_suffix(".md").write_text(text)
     rows = [{"key": list(key), "values": values} for key, values in samples.items()]
     start.with_suffix(".json").write_text(json.dumps({"about": about, "samples": rows}, indent=1))
-    print(f"\n{text}\nwritten to {start}.md and {start.name}.json")
+    pictures = plots.draw(samples, about, plugins=about["plugins"], start=start)
+    print(f"\n{text}\nwritten to {start}.md, {', '.join([f'{start.name}.json', *(picture.name for picture in pictures)])}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,22 @@ def percentile(values, share):
     return sorted(values)[int(share * (len(values) - 1))]
 
 
+def median_us(samples, plugins, progress, operation, shape):
+    """The median time of each plugin that was measured."""
+    return {
+        plugin: statistics.median(found) * 1e6
+        for plugin in plugins if (found := samples.get((plugin, progress, operation, shape)))
+    }
+
+
+def processor_us(samples, plugins, progress, operation, shape):
+    """Near and far processor time for each descriptor, of each plugin that was measured."""
+    return {
+        plugin: [statistics.median(values) * 1e6 for values in zip(*found)]
+        for plugin in plugins if (found := samples.get((plugin, progress, "processor", operation, shape)))
+    }
+
+
 def compared_head(plugins, unit):
     others = [plugin for plugin in plugins if plugin != plugins[0]]
     return " | ".join([f"{plugin}, {unit}" for plugin in plugins] + [f"{plugin} / {plugins[0]}" for plugin in others])
@@ -35,11 +51,7 @@ def times(samples, plugins, progress):
     yield "|---|---|" + "---:|" * (2 * len(plugins) - 1)
     for operation in OPERATIONS:
         for shape, *_ in SHAPES:
-            medians = {
-                plugin: statistics.median(found) * 1e6
-                for plugin in plugins if (found := samples.get((plugin, progress, operation, shape)))
-            }
-            if medians:
+            if medians := median_us(samples, plugins, progress, operation, shape):
                 yield f"| {operation} | {shape} | {compared_cells(plugins, medians)} |"
 
 
@@ -61,10 +73,7 @@ def processor(samples, plugins):
     for progress in (False, True):
         for operation in OPERATIONS:
             for shape, *_ in LONG_LISTS:
-                sides = {
-                    plugin: [statistics.median(values) * 1e6 for values in zip(*found)]
-                    for plugin in plugins if (found := samples.get((plugin, progress, "processor", operation, shape)))
-                }
+                sides = processor_us(samples, plugins, progress, operation, shape)
                 sums = {plugin: sum(values) for plugin, values in sides.items()}
                 if sums:
                     words = {value: " + ".join(f"{side:.2f}" for side in sides[plugin]) for plugin, value in sums.items()}

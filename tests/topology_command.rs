@@ -90,6 +90,20 @@ fn json_is_json() {
 }
 
 #[test]
+fn svg_is_a_picture() {
+    let drawing = text(&run(&["topology", "--svg"]));
+    assert!(drawing.starts_with("<svg ") && drawing.ends_with("</svg>\n"), "{drawing}");
+    let Some(case) = readable("p5.48xlarge") else { return };
+    let xml = case.xml();
+    let of_gpu = |more: &[&str]| {
+        let mut arguments = vec!["topology", "--svg", "--xml", xml.to_str().unwrap()];
+        arguments.extend(more);
+        text(&run(&arguments)).matches("data-from=\"0000:53:00.0\"").count()
+    };
+    assert_eq!((of_gpu(&[]), of_gpu(&["--devices", "!rdmap80s0"])), (4, 3));
+}
+
+#[test]
 fn answers_for_buffers_and_obeys_the_options() {
     let Some(case) = readable("p5.48xlarge") else { return };
     let xml = case.xml();
@@ -112,6 +126,8 @@ fn says_what_is_wrong() {
     assert!(complaint(&["topology", "--xlm"]).contains("no option `--xlm`"));
     assert!(complaint(&["topology", "--xml"]).contains("--xml needs a value"));
     assert!(complaint(&["topology", "--json=yes"]).contains("--json takes no value"));
+    assert!(complaint(&["topology", "--json", "--svg"]).contains("want one of the two"));
+    assert!(complaint(&["topology", "--svg", "--buffer=numa:0"]).contains("not with --svg"));
     assert!(complaint(&["topology", "--max-bw", "0"]).contains("want a whole number from 1"));
     assert!(complaint(&["topology", "--buffer", "disk:1"]).contains("want numa:NODE or gpu:PCI-ADDRESS"));
     assert!(complaint(&["topology", "--xml", "/nowhere.xml"]).contains("/nowhere.xml"));

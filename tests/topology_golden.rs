@@ -1,6 +1,7 @@
 //! Devices of accelerators and of host memory on machines that cannot be had for a test.
 //!
-//! `golden/CASE.map` holds the answers, which both readers must give; `golden/MACHINE.txt` what the command draws.
+//! `golden/CASE.map` holds the answers, which both readers must give; `golden/MACHINE.txt` what the command draws, and
+//! `docs/pictures` one machine's picture.
 //! After a change that is meant: `NIXL_BLESS=1 cargo test --test topology_golden`, and read the difference.
 
 #[path = "topology_common/mod.rs"]
@@ -11,6 +12,8 @@ mod sysfs;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
+use std::path::Path;
+use std::process::Command;
 
 use common::{Case, cases, folder};
 use nixl_libfabric::topology::{Machine, RailDevice, RailMap, Report, SelectOptions};
@@ -55,13 +58,16 @@ fn answers(machine: &Machine, case: &Case) -> String {
 }
 
 fn check(file: &str, found: &str) {
-    let path = folder().join("golden").join(file);
+    check_file(&folder().join("golden").join(file), found);
+}
+
+fn check_file(path: &Path, found: &str) {
     if std::env::var_os("NIXL_BLESS").is_some() {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(&path, found).unwrap();
+        fs::write(path, found).unwrap();
     }
-    let wanted = fs::read_to_string(&path).unwrap_or_default();
-    assert!(wanted == found, "{file} differs; found:\n{found}\nwanted:\n{wanted}");
+    let wanted = fs::read_to_string(path).unwrap_or_default();
+    assert!(wanted == found, "{} differs; found:\n{found}\nwanted:\n{wanted}", path.display());
 }
 
 #[test]
@@ -84,6 +90,28 @@ fn the_drawing_of_each_machine() {
         let text = report.text();
         check(&format!("{}.txt", case.name), text.split_once('\n').unwrap().1);
     }
+}
+
+#[test]
+fn the_picture_of_each_machine_shows_what_was_chosen() {
+    let written = std::env::temp_dir().join(format!("nixl-libfabric-pictures-{}", std::process::id()));
+    fs::create_dir_all(&written).unwrap();
+    for case in cases() {
+        let machine = sysfs::read(&case);
+        let map = map(&machine, &case, None);
+        let report = Report { machine: &machine, devices: &case.devices, map: &map, buffers: &[] };
+        fs::write(written.join(format!("{}.svg", case.name)), report.svg()).unwrap();
+        fs::write(written.join(format!("{}.json", case.name)), report.json()).unwrap();
+        if case.name == "p5.48xlarge" {
+            let pictures = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/pictures");
+            check_file(&pictures.join("topology-p5.48xlarge.svg"), &report.svg());
+        }
+    }
+    match Command::new("python3").arg(folder().join("check_svg.py")).arg(&written).output() {
+        Ok(output) => assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr)),
+        Err(error) => eprintln!("skipped: python3: {error}"),
+    }
+    fs::remove_dir_all(&written).unwrap();
 }
 
 /// How many devices each accelerator has, and how many accelerators share each device.

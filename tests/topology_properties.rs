@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use nixl_libfabric::topology::{
     AcceleratorKind, DeviceFilter, Machine, NumaNode, PciDevice, PlaceId, PlaceKind, RailDevice, RailMap,
-    Role, SelectOptions, spread,
+    Report, Role, SelectOptions, spread,
 };
 use nixl_libfabric::types::PciAddress;
 
@@ -162,6 +162,15 @@ fn names(devices: &[RailDevice], chosen: &[usize]) -> Vec<String> {
     chosen.iter().map(|&at| devices[at].name.clone()).collect()
 }
 
+/// What an attribute is worth wherever it stands, in order.
+fn values(svg: &str, attribute: &str) -> Vec<String> {
+    let start = format!(" {attribute}=\"");
+    let mut found: Vec<String> =
+        svg.split(&start).skip(1).map(|rest| rest.split('"').next().unwrap().to_owned()).collect();
+    found.sort();
+    found
+}
+
 fn distinct(chosen: &[usize]) -> bool {
     chosen.iter().collect::<BTreeSet<_>>().len() == chosen.len()
 }
@@ -304,6 +313,28 @@ proptest! {
         let bridge = |at: usize| map.place(at).and_then(|place| machine.place(place).parent);
         let bridges = |list: &mut dyn Iterator<Item = usize>| list.filter_map(bridge).collect::<BTreeSet<_>>().len();
         prop_assert_eq!(bridges(&mut kept.iter().copied()), bridges(&mut (0..devices.len())).min(max));
+    }
+
+    #[test]
+    fn the_picture_has_every_device_once_and_a_line_for_each_choice(setup in setups()) {
+        let machine = setup.machine();
+        let devices = setup.devices(&machine);
+        let map = build(&machine, &devices, None);
+        let svg = Report { machine: &machine, devices: &devices, map: &map, buffers: &[] }.svg();
+        let shown = |device: usize| map.place(device).map_or_else(
+            || devices[device].name.clone(),
+            |place| machine.devices().into_iter().find(|(at, _)| *at == place).unwrap().1.address.to_string(),
+        );
+        let mut known: Vec<String> = machine.devices().iter().map(|(_, device)| device.address.to_string()).collect();
+        known.extend((0..devices.len()).filter(|&device| map.place(device).is_none()).map(shown));
+        known.sort();
+        prop_assert_eq!(values(&svg, "data-id"), known);
+        let lines = map.accelerators().flat_map(|(pci, chosen)| chosen.iter().map(move |&device| (pci, device)));
+        let (mut from, mut to): (Vec<String>, Vec<String>) = lines.map(|(pci, device)| (pci.to_string(), shown(device))).unzip();
+        from.sort();
+        to.sort();
+        prop_assert_eq!(values(&svg, "data-from"), from);
+        prop_assert_eq!(values(&svg, "data-to"), to);
     }
 
     #[test]

@@ -12,8 +12,10 @@ mod hwloc;
 mod json;
 mod model;
 mod numa;
+mod picture;
 mod report;
 mod select;
+mod svg;
 mod sysfs;
 
 pub(crate) use json::Json;

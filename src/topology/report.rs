@@ -47,18 +47,7 @@ impl Report<'_> {
     /// All of it, for people: the tree, then the tables.
     pub fn text(&self) -> String {
         let mut out = String::new();
-        let nodes = self.machine.nodes().len();
-        let accelerators = self.machine.accelerators().len();
-        let networks = self.machine.devices().len() - accelerators;
-        let _ = writeln!(out, "read from {}", self.machine.origin());
-        let _ = writeln!(
-            out,
-            "{nodes} NUMA node{}, {accelerators} accelerator{}, {networks} network device{}; {} usable here",
-            plural(nodes),
-            plural(accelerators),
-            plural(networks),
-            self.devices.len()
-        );
+        let _ = writeln!(out, "read from {}\n{}", self.machine.origin(), self.counts());
         out.push_str("\nMachine\n");
         self.tree(&mut out, Machine::ROOT, "");
         out.push('\n');
@@ -91,13 +80,9 @@ impl Report<'_> {
                 vec![name, format!("turn {turn}"), self.names(&self.map.for_host(&nodes, turn))]
             })
         });
-        let limit = match self.map.host_devices_max() {
-            Some(max) => format!("at most {max}, by max_bw_per_dram_seg"),
-            None => "as many as the PCIe links feed".to_owned(),
-        };
         let mut out = table("Devices", devices);
         out.push_str(&table("\nAccelerator memory", accelerators));
-        out.push_str(&table(&format!("\nHost memory, {limit}"), host));
+        out.push_str(&table(&format!("\n{}", self.host_heading()), host));
         for buffer in self.buffers {
             let (name, devices) = self.answer(*buffer);
             let _ = writeln!(out, "\nBuffer {name}\n  {}", self.names(&devices));
@@ -160,6 +145,27 @@ impl Report<'_> {
         format!("{report}\n")
     }
 
+    /// How much of what there is.
+    pub(super) fn counts(&self) -> String {
+        let nodes = self.machine.nodes().len();
+        let accelerators = self.machine.accelerators().len();
+        let networks = self.machine.devices().len() - accelerators;
+        format!(
+            "{nodes} NUMA node{}, {accelerators} accelerator{}, {networks} network device{}; {} usable here",
+            plural(nodes),
+            plural(accelerators),
+            plural(networks),
+            self.devices.len()
+        )
+    }
+
+    pub(super) fn host_heading(&self) -> String {
+        match self.map.host_devices_max() {
+            Some(max) => format!("Host memory, at most {max}, by max_bw_per_dram_seg"),
+            None => "Host memory, as many as the PCIe links feed".to_owned(),
+        }
+    }
+
     fn tree(&self, out: &mut String, at: PlaceId, indent: &str) {
         let children = &self.machine.place(at).children;
         for (index, &child) in children.iter().enumerate() {
@@ -178,7 +184,7 @@ impl Report<'_> {
         }
     }
 
-    fn label(&self, at: PlaceId) -> String {
+    pub(super) fn label(&self, at: PlaceId) -> String {
         match &self.machine.place(at).kind {
             PlaceKind::Machine => "Machine".to_owned(),
             PlaceKind::Domain(nodes) => {
@@ -258,7 +264,7 @@ impl Report<'_> {
     }
 
     /// One row for each NUMA node, or one for memory that nobody can place.
-    fn host_rows(&self) -> Vec<(String, Vec<(u32, u64)>)> {
+    pub(super) fn host_rows(&self) -> Vec<(String, Vec<(u32, u64)>)> {
         let row = |id: u32| (format!("NUMA {id}"), vec![(id, 1)]);
         let rows: Vec<_> = self.machine.nodes().iter().map(|node| row(node.id)).collect();
         if rows.is_empty() { vec![("any".to_owned(), Vec::new())] } else { rows }
@@ -271,7 +277,7 @@ impl Report<'_> {
         }
     }
 
-    fn names(&self, devices: &[usize]) -> String {
+    pub(super) fn names(&self, devices: &[usize]) -> String {
         let names: Vec<&str> = devices.iter().map(|&at| self.devices[at].short_name()).collect();
         if names.is_empty() { "no device".to_owned() } else { names.join(" ") }
     }
@@ -308,7 +314,7 @@ fn table(heading: &str, rows: impl Iterator<Item = Vec<String>>) -> String {
 }
 
 /// A speed in Mb/s, written in Gb/s.
-struct Speed(u64);
+pub(super) struct Speed(pub(super) u64);
 
 impl fmt::Display for Speed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -324,6 +330,6 @@ fn list(nodes: &[u32]) -> String {
     nodes.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
-fn plural(count: usize) -> &'static str {
+pub(super) fn plural(count: usize) -> &'static str {
     if count == 1 { "" } else { "s" }
 }

@@ -42,6 +42,7 @@ Options:
   --max-bw GBPS       bandwidth of one host buffer in Gb/s (option max_bw_per_dram_seg)
   --buffer WHAT       what would be chosen for numa:NODE or gpu:PCI-ADDRESS; may be repeated
   --json              for programs
+  --svg               a picture: topology --svg > machine.svg
 
   --help              this text
   --version           version of the plugin

@@ -29,7 +29,11 @@ pub fn run(words: impl Iterator<Item = OsString>) -> Result<Option<String>> {
     }
     let map = RailMap::build(&machine, &devices, &arguments.options)?;
     let report = Report { machine: &machine, devices: &devices, map: &map, buffers: &arguments.buffers };
-    Ok(Some(if arguments.json { report.json() } else { report.text() }))
+    Ok(Some(match arguments.form {
+        Form::Text => report.text(),
+        Form::Json => report.json(),
+        Form::Svg => report.svg(),
+    }))
 }
 
 /// The devices that libfabric would offer here, as the kernel lists them.
@@ -46,7 +50,15 @@ struct Arguments {
     max_rails: Option<usize>,
     options: SelectOptions,
     buffers: Vec<Buffer>,
-    json: bool,
+    form: Form,
+}
+
+#[derive(Default, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    #[default]
+    Text,
+    Json,
+    Svg,
 }
 
 impl Arguments {
@@ -61,12 +73,24 @@ impl Arguments {
                 "--gpu-devices" => read.options.gpu_devices = GpuDevices::parse(&option.text()?)?,
                 "--max-bw" => read.options.max_bw_per_dram_seg_gbps = Some(option.number()?),
                 "--buffer" => read.buffers.push(parse_buffer(&option.text()?)?),
-                "--json" => read.json = true,
+                "--json" => read.choose(Form::Json)?,
+                "--svg" => read.choose(Form::Svg)?,
                 "--help" | "-h" => return Ok(None),
                 other => return Err(usage(format!("no option `{other}`"))),
             }
             option.end()?;
         }
+        if read.form == Form::Svg && !read.buffers.is_empty() {
+            return Err(usage("--buffer is answered in words or with --json, not with --svg"));
+        }
         Ok(Some(read))
+    }
+
+    fn choose(&mut self, form: Form) -> Result<()> {
+        if self.form != Form::Text && self.form != form {
+            return Err(usage("--json and --svg: want one of the two"));
+        }
+        self.form = form;
+        Ok(())
     }
 }
