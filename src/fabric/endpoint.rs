@@ -161,6 +161,11 @@ impl Endpoint {
         self.slots.in_flight()
     }
 
+    /// RMA operations in flight.
+    pub fn operations_in_flight(&self) -> u32 {
+        self.slots.operations_in_flight()
+    }
+
     /// What is in flight to a peer.
     pub fn in_flight_to(&self, peer: FiAddr) -> InFlight {
         self.peers.in_flight(peer)

@@ -76,7 +76,12 @@ impl Slots {
 
     /// Operations in flight, on buffers too.
     pub(super) fn in_flight(&self) -> u32 {
-        self.buffers_in_flight + (self.operations.len() - self.free.len()) as u32
+        self.buffers_in_flight + self.operations_in_flight()
+    }
+
+    /// Operations in flight.
+    pub(super) fn operations_in_flight(&self) -> u32 {
+        (self.operations.len() - self.free.len()) as u32
     }
 
     /// RMA operations that can be posted now.

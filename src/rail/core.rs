@@ -84,6 +84,8 @@ pub(super) struct Core {
     id: RailId,
     limits: RailLimits,
     counters: Counters,
+    /// See [`has_news`](Self::has_news).
+    news: bool,
     receives: Receives,
     messages: Messages,
     destinations: Destinations,
@@ -157,6 +159,7 @@ impl Core {
             id,
             limits: limits.clone(),
             counters: Counters::default(),
+            news: false,
             receives,
             messages,
             destinations: Destinations::default(),
@@ -183,8 +186,18 @@ impl Core {
         self.endpoint.reaches_gpus()
     }
 
+    /// What it has done, and how it stands.
     pub fn counters(&self) -> Counters {
-        self.counters
+        Counters {
+            in_flight: self.endpoint.operations_in_flight(),
+            window: self.window.operations_max(),
+            ..self.counters
+        }
+    }
+
+    /// Whether counters have changed by what is no event, since the last time that this was asked.
+    pub fn has_news(&mut self) -> bool {
+        std::mem::take(&mut self.news)
     }
 
     /// Makes a region usable at this endpoint, where the provider wants that said.
@@ -327,7 +340,7 @@ impl Core {
             Completion::Sent { buffer, error } => {
                 self.counters.messages_sent += 1;
                 let error = error.map(|e| Error::from(*e));
-                self.counters.errors += u64::from(error.is_some());
+                self.counters.errors.sends += u64::from(error.is_some());
                 self.messages.complete(buffer, error, &mut self.destinations, self.now, events);
             }
             Completion::Received { buffer, len, imm } => {
@@ -337,7 +350,7 @@ impl Core {
             }
             Completion::ReceiveFailed { buffer, error } => {
                 // The buffer goes back into the ring all the same: a ring that shrinks ends in silence.
-                self.counters.errors += 1;
+                self.counters.errors.receives += 1;
                 log::warn!("rail {}: a receive failed: {}", self.id, error.text);
                 self.receives.recycle(buffer);
             }
@@ -349,7 +362,7 @@ impl Core {
                 }
             }
             Completion::Foreign { error } => {
-                self.counters.errors += 1;
+                self.counters.errors.remote += 1;
                 log::warn!("rail {}: an operation of a peer failed here: {}", self.id, error.text);
             }
         }
@@ -370,8 +383,11 @@ impl Core {
     }
 
     fn move_failed(&mut self, key: u32, bytes: u64, error: Error, events: &mut Vec<Event>) {
-        self.counters.errors += 1;
         let Some(share) = self.shares.get_mut(key as usize) else { return };
+        match share.work.op() {
+            Op::Write => self.counters.errors.writes += 1,
+            Op::Read => self.counters.errors.reads += 1,
+        }
         self.destinations.get(share.destination).completed(Some(&error), self.now);
         let work = Arc::clone(&share.work);
         // Other rails may go on with theirs; what is in flight here settles as it completes.
@@ -528,6 +544,7 @@ impl Core {
             Some(Err(e)) => Err(e.into()),
             Some(Ok(Posted::Again)) => {
                 self.counters.again += 1;
+                self.news = true;
                 Ok(outcome.count)
             }
             _ => Ok(outcome.count),
@@ -581,6 +598,8 @@ impl Core {
         let entry = self.destinations.get(share.destination);
         let in_flight = self.endpoint.in_flight_to(entry.addr);
         if let Some(error) = entry.stalled(in_flight, self.now, self.limits.stall_timeout) {
+            self.counters.stalled += 1;
+            self.news = true;
             share.work.fail(error, events);
         }
     }
@@ -604,6 +623,8 @@ impl Core {
             let entry = self.destinations.get(share.destination);
             let in_flight = self.endpoint.in_flight_to(entry.addr);
             if let Some(error) = entry.never_met(in_flight, self.now, self.limits.stall_timeout) {
+                self.counters.stalled += 1;
+                self.news = true;
                 share.work.fail(error, events);
             }
         }

@@ -114,7 +114,41 @@ pub struct Counters {
     /// Posts that the provider put off.
     pub again: u64,
     /// Operations that completed in error.
-    pub errors: u64,
+    pub errors: ErrorCounters,
+    /// Pieces of work that were given up because their destination took or completed nothing.
+    pub stalled: u64,
+    /// RMA operations in flight, now.
+    pub in_flight: u32,
+    /// Operations of shared work that the rail may hold, now.
+    pub window: u32,
+}
+
+/// Operations that completed in error, by what they were.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct ErrorCounters {
+    /// Writes of this side.
+    pub writes: u64,
+    /// Reads of this side.
+    pub reads: u64,
+    /// Control messages out.
+    pub sends: u64,
+    /// Control messages in.
+    pub receives: u64,
+    /// Operations of peers that failed here.
+    pub remote: u64,
+}
+
+impl ErrorCounters {
+    /// Each kind with its name.
+    pub fn by_kind(&self) -> [(&'static str, u64); 5] {
+        let Self { writes, reads, sends, receives, remote } = *self;
+        [("write", writes), ("read", reads), ("send", sends), ("receive", receives), ("remote", remote)]
+    }
+
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        self.by_kind().iter().map(|(_, count)| count).sum()
+    }
 }
 
 impl fmt::Display for Counters {
@@ -130,7 +164,7 @@ impl fmt::Display for Counters {
             self.messages_received,
             self.immediates,
             self.again,
-            self.errors,
+            self.errors.total(),
         )
     }
 }
@@ -261,7 +295,7 @@ impl Rail {
                     let Some(core) = core.as_mut() else { return handled };
                     self.idle.store(false, Ordering::SeqCst);
                     let done = core.drive(&self.inbox, room, events);
-                    if done > 0 {
+                    if done > 0 || core.has_news() {
                         *self.counters.lock().unwrap_or_else(PoisonError::into_inner) = core.counters();
                     }
                     handled += done;

@@ -34,6 +34,11 @@ impl Window {
         (self.is_empty() || (operations >= BATCH_WRITES_MAX && bytes > 0)).then_some((operations, bytes))
     }
 
+    /// Operations that the rail may hold.
+    pub fn operations_max(&self) -> u32 {
+        OPERATIONS_MIN << self.level
+    }
+
     /// So much is in flight.
     pub fn posted(&mut self, operations: u32, bytes: u64) {
         self.operations += operations;
