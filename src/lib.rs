@@ -11,6 +11,7 @@ pub mod error;
 pub mod fabric;
 pub mod logging;
 pub mod memory;
+pub mod metrics;
 pub mod notify;
 pub mod peer;
 pub mod progress;

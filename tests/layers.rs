@@ -12,7 +12,7 @@ const LAYERS: &[&[&str]] = &[
     &["memory", "notify", "progress"],
     &["rail", "config"],
     &["cuda"],
-    &["fabric", "wire", "topology"],
+    &["fabric", "wire", "topology", "metrics"],
     &["sys"],
     &["types", "error", "logging"],
 ];

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::value::{Fabric, FromText, Wait};
 use super::{Range, Spec, Value, bad_value};
 use crate::error::Result;
+use crate::metrics::Address;
 use crate::topology::{DeviceFilter, GpuDevices};
 
 /// Writes the typed [`Config`] and the rows of [`OPTIONS`] from one list.
@@ -128,4 +129,8 @@ options! {
 
     "GPU memory moves through page-locked host memory where the provider cannot register it. For a peer's GPU memory it must be set there."
     "vram_staging" => vram_staging: bool = "false", SWITCH;
+
+    "Where metrics are served to Prometheus and `nixl-libfabric top`. Empty: nowhere. The first free port of a range; port 0: any; `%p`: the process' number."
+    "metrics" => metrics: Option<Address> = "",
+        Range::Text("`address:port`, `address:port-port` or an absolute path, such as `127.0.0.1:9400-9415` or `/run/nixl-%p.sock`");
 }

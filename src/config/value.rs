@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::Range;
+use crate::metrics::Address;
 use crate::topology::{DeviceFilter, GpuDevices};
 
 /// Reads an option's text. The error says what is wrong beyond the range, or nothing.
@@ -128,6 +129,14 @@ impl FromText for Wait {
             "sleep" => Ok(Self::Sleep),
             _ => Err(String::new()),
         }
+    }
+}
+
+/// Nowhere, or an address.
+impl FromText for Option<Address> {
+    fn from_text(text: &str, _: Range) -> Result<Self, String> {
+        let text = text.trim();
+        if text.is_empty() { Ok(None) } else { text.parse().map(Some) }
     }
 }
 

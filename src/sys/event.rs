@@ -79,3 +79,28 @@ impl Poller {
         unsafe { libc::ppoll(&raw mut set, 1, &raw const time, std::ptr::null()) };
     }
 }
+
+/// A descriptor that [`poll`] looks at.
+#[derive(Debug, Clone, Copy)]
+pub struct Watched {
+    /// The descriptor.
+    pub fd: RawFd,
+    /// Whether to wait until it can be written to; else until it can be read.
+    pub write: bool,
+}
+
+/// Waits until one of these descriptors can be read or written, or has failed, or the time is over (poll(2)). A signal may end
+/// it early.
+pub fn poll(watched: &[Watched], longest: Duration) {
+    let one = |watched: &Watched| libc::pollfd {
+        fd: watched.fd,
+        events: if watched.write { libc::POLLOUT } else { libc::POLLIN },
+        revents: 0,
+    };
+    let mut set: Vec<libc::pollfd> = watched.iter().map(one).collect();
+    // Rounded up: a wait for the rest of a millisecond must not spin.
+    let ms = longest.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32;
+    // SAFETY: the pointer and length describe `set`, which lives across the call; a bad descriptor is an event, not
+    // undefined behaviour.
+    unsafe { libc::poll(set.as_mut_ptr(), set.len() as libc::nfds_t, ms) };
+}

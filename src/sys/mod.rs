@@ -6,6 +6,7 @@ pub mod dl;
 pub mod event;
 pub mod hwloc;
 pub mod libfabric;
+pub mod memfd;
 pub mod net;
 pub mod nrt;
 pub mod numa;
