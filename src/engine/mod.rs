@@ -4,6 +4,7 @@
 mod discover;
 mod events;
 mod mail;
+mod metrics;
 mod open;
 mod placement;
 mod remote;
@@ -25,6 +26,7 @@ use self::works::Works;
 use crate::error::{Error, Result, Status};
 use crate::fabric::{Libfabric, MemoryRange};
 use crate::memory::{Memory, Registration, RemoteRegion};
+use crate::metrics::Endpoint;
 pub use crate::notify::Notification;
 use crate::progress::ProgressThreads;
 use crate::sys::panic::Poison;
@@ -107,6 +109,7 @@ pub struct RemoteTransfer(Arc<Remote>);
 pub struct Engine {
     works: Arc<Works>,
     progress: Option<ProgressThreads>,
+    metrics: Option<Endpoint>,
     registered: Mutex<HashMap<RangeKey, Weak<Registration>>>,
 }
 
@@ -126,8 +129,8 @@ impl Engine {
     }
 
     fn open(init: InitParams, library: Option<Libfabric>) -> Result<Self> {
-        let (works, progress) = open::open(init, library)?;
-        Ok(Self { works, progress, registered: Mutex::default() })
+        let (works, progress, metrics) = open::open(init, library)?;
+        Ok(Self { works, progress, metrics, registered: Mutex::default() })
     }
 
     /// Memory kinds that can be registered, at least one.
@@ -188,6 +191,7 @@ impl Engine {
         let deadline = Instant::now() + self.works.shared.config.drain_timeout;
         while registration.uses() > 0 {
             if Instant::now() > deadline {
+                self.works.shared.counts.as_ref().inspect(|counts| counts.undrained());
                 return Err(Error::new(
                     Status::NotAllowed,
                     format!(
@@ -304,7 +308,7 @@ impl Engine {
             return prep_staged(op, peer, local, remote);
         }
         let transfer = preparation.finish(op, local, remote)?;
-        Ok(Request::Remote(RemoteTransfer(Arc::new(Remote { transfer, peer }))))
+        Ok(Request::Remote(RemoteTransfer(Arc::new(Remote { transfer, peer, is_chunk: false }))))
     }
 
     /// Posts a request: `Status::Success` or `Status::InProgress`.
@@ -469,6 +473,7 @@ impl Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         self.works.drain();
+        drop(self.metrics.take());
         // Threads first: nothing may drive a rail that is being closed.
         drop(self.progress.take());
         self.works.close();

@@ -8,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use super::InitParams;
 use super::discover::{self, Found, names};
 use super::mail::Mail;
+use super::metrics::{self, TransferCounts};
 use super::placement::Placement;
 use super::shared::Shared;
 use super::vram::{self, Vram};
@@ -16,6 +17,7 @@ use crate::config::{Config, Wait};
 use crate::cuda::Runtime;
 use crate::error::{Error, Result};
 use crate::fabric::{Device, Domain, Fabric, Libfabric, efa};
+use crate::metrics::Endpoint;
 use crate::notify::Inbox;
 use crate::peer::{Local, PeerTable};
 use crate::progress::{Driver, Pace, ProgressThreads, deal};
@@ -35,7 +37,7 @@ const SOFTWARE_OPERATIONS: u32 = 8192;
 pub(super) fn open(
     init: InitParams,
     library: Option<Libfabric>,
-) -> Result<(Arc<Works>, Option<ProgressThreads>)> {
+) -> Result<(Arc<Works>, Option<ProgressThreads>, Option<Endpoint>)> {
     let config = Config::from_params(&init.params)?;
     let path = Some(Path::new(&config.libfabric_path)).filter(|path| !path.as_os_str().is_empty());
     let library = library.map_or_else(|| Libfabric::load(path), Ok)?;
@@ -64,6 +66,7 @@ pub(super) fn open(
         notif_bytes_max: config.notif_bytes_max,
         pending_bytes_max: config.pending_bytes_max,
         introduces: found.devices.iter().any(efa::is_direct),
+        unanswered: AtomicU64::new(0),
         rails,
     });
     let works = Arc::new(Works::new(Shared {
@@ -72,6 +75,7 @@ pub(super) fn open(
         copies: LocalCopies::default(),
         local_rates: Rates::default(),
         remote_rates: Rates::default(),
+        counts: config.metrics.is_some().then(TransferCounts::default),
         turns: AtomicUsize::new(first_turn(local.name.as_bytes())),
         placement,
         vram,
@@ -115,7 +119,8 @@ pub(super) fn open(
         shared.placement.origin,
         if progress.is_some() { "by threads" } else { "by the callers" },
     );
-    Ok((works, progress))
+    let metrics = metrics::serve(&works, &library, &init.poison);
+    Ok((works, progress, metrics))
 }
 
 /// Opens rails on the devices that were found; where none can be opened, on the first of the spares that can.

@@ -19,6 +19,8 @@ use crate::types::{Op, RailId};
 pub struct Remote {
     pub transfer: Arc<Transfer>,
     pub peer: Arc<Peer>,
+    /// It moves a part of a staged transfer.
+    pub is_chunk: bool,
 }
 
 impl Remote {
@@ -69,9 +71,15 @@ impl Remote {
                     Err(e) => self.part_over(Err(e), shared, events),
                 }
             }
-            Next::Ended { took, unsent } => {
+            Next::Ended { outcome, unsent } => {
                 unsent.inspect(|&len| self.peer.unreserve(len));
-                took.inspect(|&took| shared.remote_rates.record(self.transfer.bytes(), took));
+                let (op, bytes) = (self.transfer.op(), self.transfer.bytes());
+                let _ = outcome.inspect(|&took| shared.remote_rates.record(bytes, took));
+                match &shared.counts {
+                    Some(counts) if self.is_chunk => counts.chunk_over(op, bytes, outcome),
+                    Some(counts) => counts.over(self.peer.tally(), op, bytes, outcome),
+                    None => {}
+                }
             }
         }
     }
@@ -87,6 +95,7 @@ impl Remote {
         let status = self.transfer.status(shared.config.drain_timeout)?;
         let limit = shared.config.transfer_timeout;
         if status == Status::InProgress && !limit.is_zero() && self.transfer.is_late(limit) {
+            shared.counts.as_ref().inspect(|counts| counts.late());
             let late = format!("it was not done after {} ms (transfer_timeout_ms)", limit.as_millis());
             self.fail(Error::backend(late), events);
         }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use super::mail::Mail;
+use super::metrics::TransferCounts;
 use super::placement::Placement;
 use super::vram::Vram;
 use crate::config::Config;
@@ -25,6 +26,8 @@ pub(super) struct Shared {
     pub copies: LocalCopies,
     pub local_rates: Rates,
     pub remote_rates: Rates,
+    /// Where metrics are served.
+    pub counts: Option<TransferCounts>,
     /// Counts posts and registrations, so that equal ones take turns on the rails.
     pub turns: AtomicUsize,
     pub placement: Placement,

@@ -69,6 +69,9 @@ impl Works {
             } else if last_event.elapsed() > DRAIN_SILENCE
                 || start.elapsed() > self.shared.config.drain_timeout
             {
+                if start.elapsed() > self.shared.config.drain_timeout {
+                    self.shared.counts.as_ref().inspect(|counts| counts.undrained());
+                }
                 let left = self.shared.local.rails.iter().filter(|rail| !rail.is_idle()).count();
                 log::warn!("the backend is destroyed with operations in flight on {left} rails");
                 return;

@@ -9,6 +9,7 @@ mod introduction;
 mod link;
 mod outbox;
 mod table;
+mod tally;
 mod wires;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -20,6 +21,7 @@ pub use self::introduction::Introduction;
 use self::link::Link;
 use self::outbox::{Outbox, Pending, Waiting};
 pub use self::table::PeerTable;
+pub use self::tally::Tally;
 pub use self::wires::Outgoing;
 use crate::error::{Error, Result, Status};
 use crate::fabric::efa::NETWORK_HELP;
@@ -50,6 +52,8 @@ pub struct Local {
     pub pending_bytes_max: u64,
     /// A device takes RDMA only from endpoints that it was told of.
     pub introduces: bool,
+    /// How often a peer did not answer in time.
+    pub unanswered: AtomicU64,
 }
 
 impl Local {
@@ -74,6 +78,7 @@ pub struct Peer {
     pending: Pending,
     /// Hellos that have not left: another one would only stand behind them.
     hellos_unsent: AtomicU32,
+    tally: Tally,
 }
 
 struct State {
@@ -143,6 +148,7 @@ impl Peer {
             session_now: AtomicU64::new(0),
             pending: Pending::new(local.pending_bytes_max),
             hellos_unsent: AtomicU32::new(0),
+            tally: Tally::default(),
             local: Arc::clone(local),
         }
     }
@@ -183,6 +189,21 @@ impl Peer {
     /// Whether its VRAM is reached through its host memory.
     pub fn stages_vram(&self) -> bool {
         self.extension().is_some_and(Extension::stages_vram)
+    }
+
+    /// Whether the handshake is over.
+    pub fn is_ready(&self) -> bool {
+        self.lock().link.ready().is_some()
+    }
+
+    /// Bytes of notifications that have not left, with what each costs.
+    pub fn pending_bytes(&self) -> u64 {
+        self.pending.bytes()
+    }
+
+    /// Transfers with it that are over.
+    pub fn tally(&self) -> &Tally {
+        &self.tally
     }
 
     /// Fails if the peer was removed.
@@ -376,6 +397,7 @@ impl Peer {
         let Some(since) = state.outbox.stuck_since() else { return (false, Released::default()) };
         if now.duration_since(since) > self.local.connect_timeout {
             let error = self.no_answer();
+            self.local.unanswered.fetch_add(1, Ordering::Relaxed);
             state.suspect = Some(error.clone());
             return (false, self.fail_waiting(&mut state, &error));
         }

@@ -44,6 +44,11 @@ impl Pending {
         self.bytes.fetch_add(len as u64 + MESSAGE_COST, Ordering::Relaxed);
     }
 
+    /// What waits now.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
     /// A message of so many bytes has left, or never will.
     pub(super) fn release(&self, len: usize) {
         self.bytes.fetch_sub(len as u64 + MESSAGE_COST, Ordering::Relaxed);

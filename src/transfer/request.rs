@@ -55,7 +55,6 @@ struct Post {
     works: Vec<Arc<Work>>,
     failed_at: Option<Instant>,
     posted_at: Option<Instant>,
-    took: Option<Duration>,
 }
 
 /// What is to be done when a part of a post is over.
@@ -67,8 +66,8 @@ pub enum Next {
     Notify(Vec<u8>),
     /// The post is over.
     Ended {
-        /// How long it took, if all went well.
-        took: Option<Duration>,
+        /// How long it took, or what the host is told.
+        outcome: std::result::Result<Duration, Status>,
         /// Bytes of its notification, if that will not be sent.
         unsent: Option<usize>,
     },
@@ -189,20 +188,23 @@ impl Transfer {
         let mut post = self.lock();
         post.works.clear();
         let failure = self.state.failure();
-        if failure.is_none() {
-            if let Some(message) = post.notification.take() {
-                self.parts.store(1, Ordering::Relaxed);
-                return Next::Notify(message);
-            }
-            post.took = post.posted_at.map(|at| at.elapsed());
-        }
-        let (took, unsent) = (post.took, post.notification.take().map(|message| message.len()));
+        let outcome = match &failure {
+            Some(error) => Err(error.status()),
+            None => match post.notification.take() {
+                Some(message) => {
+                    self.parts.store(1, Ordering::Relaxed);
+                    return Next::Notify(message);
+                }
+                None => Ok(post.posted_at.map_or(Duration::ZERO, |at| at.elapsed())),
+            },
+        };
+        let unsent = post.notification.take().map(|message| message.len());
         drop(post);
         for registration in &self.registrations {
             registration.end_use();
         }
         self.state.end(failure);
-        Next::Ended { took, unsent }
+        Next::Ended { outcome, unsent }
     }
 
     /// What checkXfer answers. A failed post is reported when nothing of it is in flight any more, or when

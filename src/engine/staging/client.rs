@@ -140,7 +140,7 @@ impl Client {
         }
         all.retain(|active| {
             if active.is_over() {
-                active.transfer.finish(active.error.clone(), shared);
+                active.transfer.finish(active.error.clone(), active.since, shared);
                 handled += 1;
             }
             !active.is_over()
@@ -333,7 +333,7 @@ impl Client {
         let ways = ways.ok_or_else(|| Error::not_found("a local region is being deregistered"))?;
         let list = Arc::new(RmaList::new(cutter.finish(), ways, 1)?);
         let transfer = Transfer::new(staged.op, vec![Part { lanes, list }], registrations);
-        let remote = Arc::new(Remote { transfer, peer: Arc::clone(&staged.peer) });
+        let remote = Arc::new(Remote { transfer, peer: Arc::clone(&staged.peer), is_chunk: true });
         remote.post(None, shared)?;
         Ok(remote)
     }

@@ -107,7 +107,7 @@ impl StagedTransfer {
     }
 
     /// Everything has moved, or an error has ended it. Nothing is in flight.
-    pub(super) fn finish(&self, error: Option<Error>, shared: &Shared) {
+    pub(super) fn finish(&self, error: Option<Error>, since: Instant, shared: &Shared) {
         let outcome = match (error, self.lock().take()) {
             (Some(e), _) => Err(e),
             (None, Some(message)) => self.peer.notify(message).map(|released| {
@@ -117,6 +117,10 @@ impl StagedTransfer {
             }),
             (None, None) => Ok(()),
         };
+        if let Some(counts) = &shared.counts {
+            let outcome = outcome.as_ref().map(|()| since.elapsed()).map_err(Error::status);
+            counts.over(self.peer.tally(), self.op, self.bytes, outcome);
+        }
         self.pieces.iter().for_each(|piece| piece.local.end_use());
         self.state.end(outcome.err());
     }
