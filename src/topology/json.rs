@@ -3,20 +3,30 @@
 use std::fmt;
 
 /// A JSON value.
-pub(crate) enum Json {
+#[derive(Debug)]
+pub enum Json {
+    /// Nothing.
     Null,
+    /// True or false.
+    Bool(bool),
+    /// A whole number.
     Number(u64),
+    /// A string.
     Text(String),
+    /// A list.
     List(Vec<Json>),
+    /// Members in this order.
     Object(Vec<(&'static str, Json)>),
 }
 
 impl Json {
-    pub(crate) fn text(text: &(impl ToString + ?Sized)) -> Self {
+    /// What something is shown as.
+    pub fn text(text: &(impl ToString + ?Sized)) -> Self {
         Self::Text(text.to_string())
     }
 
-    pub(crate) fn list<T>(items: impl IntoIterator<Item = T>, of: impl Fn(T) -> Self) -> Self {
+    /// A list with a value for each item.
+    pub fn list<T>(items: impl IntoIterator<Item = T>, of: impl Fn(T) -> Self) -> Self {
         Self::List(items.into_iter().map(of).collect())
     }
 }
@@ -25,6 +35,7 @@ impl fmt::Display for Json {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Null => f.write_str("null"),
+            Self::Bool(is_so) => write!(f, "{is_so}"),
             Self::Number(number) => write!(f, "{number}"),
             Self::Text(text) => quote(text, f),
             Self::List(items) => {

@@ -18,9 +18,8 @@ mod select;
 mod svg;
 mod sysfs;
 
-pub(crate) use json::Json;
-
 pub use filter::{DeviceFilter, GpuDevices};
+pub use json::Json;
 pub use model::{AcceleratorKind, Machine, NumaNode, PciDevice, Place, PlaceId, PlaceKind, Role};
 pub use numa::{MemoryNodes, numa_nodes_of};
 pub use report::{Buffer, Report, parse_buffer};

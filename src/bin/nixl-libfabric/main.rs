@@ -2,6 +2,7 @@
 
 mod arguments;
 mod doctor;
+mod top;
 mod topology;
 
 use std::ffi::OsString;
@@ -18,6 +19,7 @@ const HELP: &str = "\
 Usage: nixl-libfabric doctor [OPTIONS]
        nixl-libfabric doctor --listen [--port N], and on another host
        nixl-libfabric doctor --to HOST [--port N]
+       nixl-libfabric top PID|ENDPOINT [OPTIONS]
        nixl-libfabric topology [OPTIONS]
 
 doctor says what is here, what is missing, and what to do: OK, WARN or FAIL for each check. It ends with 1 if one failed.
@@ -30,6 +32,14 @@ Options:
   --root DIR          read /sys, /proc and /dev below DIR
   --port N            of the TCP connection between --listen and --to (7677)
   --json              for programs
+
+top shows what the rails of a process are doing: bytes, operations, errors. The process must serve its metrics (option
+metrics, NIXL_LIBFABRIC_METRICS=127.0.0.1:0); ENDPOINT is an address and port, or a socket's path.
+
+Options:
+  --interval SECONDS  between two looks (1)
+  --once              two looks, one table
+  --json              for programs: one line for each interval
 
 topology prints the machine as a tree, and which network devices serve which memory.
 
@@ -49,7 +59,7 @@ Options:
 ";
 
 fn main() -> ExitCode {
-    match run(std::env::args_os().skip(1)).and_then(|(text, well)| print(&text).map(|()| well)) {
+    match run(std::env::args_os().skip(1)).and_then(|(text, well)| print(&text).map(|_| well)) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
@@ -59,11 +69,14 @@ fn main() -> ExitCode {
     }
 }
 
-fn print(text: &str) -> Result<()> {
-    match io::stdout().write_all(text.as_bytes()) {
+/// Returns whether somebody still reads.
+fn print(text: &str) -> Result<bool> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         // Whoever reads has seen enough, as `head` does.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        result => result.map_err(|error| Error::backend(format!("cannot write: {error}"))),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        Ok(()) => Ok(true),
+        Err(error) => Err(Error::backend(format!("cannot write: {error}"))),
     }
 }
 
@@ -72,6 +85,7 @@ fn run(mut words: impl Iterator<Item = OsString>) -> Result<(String, bool)> {
     let help = || (HELP.to_owned(), true);
     match words.next().as_deref().and_then(|word| word.to_str()) {
         Some("topology") => Ok(topology::run(words)?.map_or_else(help, |text| (text, true))),
+        Some("top") => Ok(top::run(words, print)?.map_or_else(help, |()| (String::new(), true))),
         Some("doctor") => Ok(doctor::run(words)?.unwrap_or_else(help)),
         // Of the doctor's child processes; see `doctor::probe`.
         Some("probe") => Ok((probe::answer(&words.map(PathBuf::from).collect::<Vec<_>>()), true)),
