@@ -2,7 +2,7 @@
 
 PLUGINS := target/plugins
 PYTHON  := target/venv/bin/python
-CORE    := loading transfer self notify release memory hostile options peers rails threads
+CORE    := loading transfer self notify release memory hostile options peers rails threads metrics
 E2E     := $(PYTHON) -m pytest -p no:cacheprovider
 NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
 # Options for the end-to-end tests, such as ARGS="--plugin stock -k notify".
