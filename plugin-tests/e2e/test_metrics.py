@@ -138,8 +138,10 @@ def test_failed_transfers_are_counted(bed):
     assert total(samples, "rail_errors_total") + total(samples, "deadlines_total", option="connect_timeout_ms") >= 1
 
 
-def test_top_shows_a_process(bed):
-    first, second = bed.pair(progress_thread=True, metrics="127.0.0.1:0")
+@pytest.mark.parametrize("where", ["127.0.0.1:0", "socket"])
+def test_top_shows_a_process(bed, tmp_path, where):
+    where = f"{tmp_path}/%p.sock" if where == "socket" else where
+    first, second = bed.pair(progress_thread=True, metrics=where)
     moved = move(first, second, bed)
     pid = first.process.pid
     shown = json.loads(inside(first, bed, TOOL, "top", pid, "--once", "--json").stdout)
