@@ -1,5 +1,6 @@
 """What only EFA does: no order, many devices, silent loss, devices that die. Run with --network efa or efa-direct."""
 
+import os
 import time
 from pathlib import Path
 
@@ -358,3 +359,40 @@ def test_two_agents_of_one_host(bed, efa, progress):
     write_all(first, third, 4 * MIB, 1)
     write_all(second, third, 4 * MIB, 2)
     write_all(third, first, 4 * MIB, 3)
+
+
+def resident(agent):
+    """Bytes of memory that the agent's process has."""
+    pages = Path(f"/proc/{agent.process.pid}/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGESIZE")
+
+
+def send_numbers(worker, peer, count):
+    for number in range(count):
+        worker.send(peer, b"%d" % number)
+
+
+@pytest.mark.ours
+def test_notifications_that_nobody_takes(bed, efa):
+    """Senders wait: libfabric would keep 9 KB for each of them. Then all come, once, and a write that may have waited with them."""
+    count = 40_000
+    first = bed.agent("first", progress_thread=True)
+    second = bed.agent("second", progress_thread=True, inbox_bytes_max="64K")
+    source, target = first.buffer(MIB, seed=2), second.buffer(MIB)
+    first.knows(second), second.knows(first)
+    write_all(first, second, MIB, 1)
+    before = resident(second)
+    first.run(send_numbers, second.name, count)
+    # As long as it grows, and a second more.
+    most, quiet_since = before, time.monotonic()
+    while time.monotonic() < quiet_since + 1:
+        time.sleep(0.05)
+        if (now := resident(second)) > most + MIB:
+            most, quiet_since = now, time.monotonic()
+    assert most - before < 48 * MIB, f"{(most - before) / MIB:.0f} MiB for {count} notifications of some bytes"
+    assert "does it call getNotifs?" in second.log_text()
+    handle = first.prepare("WRITE", [source[:]], [target[:]], second)
+    first.call("post", handle)
+    assert second.run(count_numbers, count, 60, deadline=90) == (count, count)
+    assert first.call("wait", handle, 30) == "DONE"
+    target.check(2)

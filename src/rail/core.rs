@@ -96,6 +96,8 @@ pub(super) struct Core {
     batches: bool,
     /// See [`QUIET_POLLS_MAX`]; one where a NIC moves the data.
     quiet_polls_max: usize,
+    /// Whether the provider keeps messages for which no receive is posted, without limit.
+    keeps_messages: bool,
     /// Whether the provider shakes hands with a peer before it moves data, and says nothing if it gets no answer.
     shakes_hands: bool,
     /// The time at the start of this turn.
@@ -152,6 +154,7 @@ impl Core {
         Ok(Self {
             batches,
             quiet_polls_max: if efa::is_efa(device.provider()) { 1 } else { QUIET_POLLS_MAX },
+            keeps_messages: efa::keeps_messages(device),
             shakes_hands: efa::shakes_hands(device),
             endpoint,
             id,
@@ -214,14 +217,7 @@ impl Core {
         if !self.close_batch(events) {
             return handled;
         }
-        handled += self.poll(events);
-        // A user who never takes notifications is met by senders who wait, not by memory that fills up.
-        if self.broken.is_none()
-            && room
-            && let Err(e) = self.receives.post(&mut self.endpoint)
-        {
-            self.break_down(e, events);
-        }
+        handled += self.poll(room, events);
         if self.broken.is_none() {
             handled += self.messages.post(
                 &mut self.endpoint,
@@ -297,9 +293,20 @@ impl Core {
         self.turns.push_back(self.shares.insert(share));
     }
 
-    fn poll(&mut self, events: &mut Vec<Event>) -> usize {
+    /// Takes completions and, with `room`, gives the NIC back the receives that they used.
+    ///
+    /// A user who never takes notifications is met by senders who wait, not by memory that fills up: where the provider
+    /// would keep what no receive is posted for, it is not polled without one, so that its NIC runs out of buffers, too.
+    fn poll(&mut self, room: bool, events: &mut Vec<Event>) -> usize {
         let mut handled = 0;
         for turn in 1..=POLLS_PER_TURN {
+            if room && let Err(e) = self.receives.post(&mut self.endpoint) {
+                self.break_down(e, events);
+                return handled;
+            }
+            if self.keeps_messages && self.receives.are_used_up() {
+                return handled;
+            }
             let mut completions = std::mem::take(&mut self.completions);
             let outcome = self.endpoint.poll(&mut completions);
             for completion in completions.drain(..) {
