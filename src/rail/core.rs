@@ -5,7 +5,6 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_queue::SegQueue;
 use slab::Slab;
 
 use super::destination::{DestinationKey, Destinations};
@@ -13,12 +12,13 @@ use super::message::Messages;
 use super::receive::Receives;
 use super::window::Window;
 use super::work::{Invitation, Work};
-use super::{Command, Counters, Destination, Event, MESSAGE_BYTES_MAX, RailLimits};
+use super::{Command, Counters, Destination, Event, MESSAGE_BYTES_MAX, RailLimits, owner};
 use crate::error::{Error, Result};
 use crate::fabric::{
     BATCH_WRITES_MAX, Completion, Device, Domain, Endpoint, EndpointOptions, MemoryRegion, Posted, efa,
     next_key,
 };
+use crate::sync::SegQueue;
 use crate::types::{Op, RailId};
 
 /// Operations in flight where the device names a smaller queue than a software provider needs to stay busy.
@@ -110,6 +110,17 @@ pub(super) struct Core {
     broken: Option<Error>,
 }
 
+impl owner::Core for Core {
+    fn has_backlog(&self) -> bool {
+        !self.turns.is_empty() || self.messages.has_unsent()
+    }
+
+    /// Receives do not count.
+    fn is_idle(&self) -> bool {
+        self.shares.is_empty() && self.messages.is_empty()
+    }
+}
+
 impl Core {
     pub fn open(id: RailId, domain: &Arc<Domain>, device: &Device, limits: &RailLimits) -> Result<Self> {
         let batches = efa::batches_writes(device, domain.library().version());
@@ -195,18 +206,8 @@ impl Core {
         Ok(region.bind(&self.endpoint)?)
     }
 
-    /// Whether something waits to be posted.
-    pub fn has_backlog(&self) -> bool {
-        !self.turns.is_empty() || self.messages.has_unsent()
-    }
-
-    /// Whether nothing is queued or in flight (receives do not count).
-    pub fn is_idle(&self) -> bool {
-        self.shares.is_empty() && self.messages.is_empty()
-    }
-
     pub fn try_wait(&mut self) -> bool {
-        !self.has_backlog() && self.endpoint.try_wait()
+        !owner::Core::has_backlog(self) && self.endpoint.try_wait()
     }
 
     /// One turn: new work, completions, receives, messages, shares. Appends what happened that concerns others, and
