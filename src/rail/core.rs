@@ -1,5 +1,7 @@
 //! What the owner of a rail does with it.
 
+mod counts;
+
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
@@ -229,6 +231,9 @@ impl Core {
             );
             handled += self.post_shares(events);
             self.look_around(events);
+        }
+        if cfg!(debug_assertions) && self.broken.is_none() {
+            self.check_counts();
         }
         handled
     }

@@ -38,6 +38,11 @@ impl Receives {
         self.buffers > 0 && self.unposted.len() == self.buffers
     }
 
+    /// Buffers that the provider has.
+    pub fn posted(&self) -> u32 {
+        (self.buffers - self.unposted.len()) as u32
+    }
+
     /// Gives a buffer back to be posted.
     pub fn recycle(&mut self, context: u32) {
         self.unposted.push(context);
