@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bed.agent import Refused
+from bed.softefa import LOOK_S
 
 pytestmark = pytest.mark.efa
 MIB = 1 << 20
@@ -396,3 +397,30 @@ def test_notifications_that_nobody_takes(bed, efa):
     assert second.run(count_numbers, count, 60, deadline=90) == (count, count)
     assert first.call("wait", handle, 30) == "DONE"
     target.check(2)
+
+
+@pytest.mark.ours
+def test_address_handles_of_rails_that_talk(bed, efa):
+    """A peer with 32 devices is no reason for 32 address handles on each of ours: a device gets one when it has something to say."""
+    if not efa.writes:
+        pytest.skip("a p4d has 4 devices")
+    efa.devices = 32
+
+    def read(name):
+        return [{device: values[name] for device, values in efa.host(index).counters().items()} for index in range(2)]
+
+    def changed(name, before):
+        return [{device: now - was[device] for device, now in side.items() if now > was[device]}
+                for was, side in zip(before, read(name))]
+
+    first, second = bed.pair(progress_thread=True)
+    handles, packets = read("softefa_address_handles"), read("tx_pkts")
+    for size in (8, 64 * MIB):
+        write_all(first, second, size, 1)
+        time.sleep(LOOK_S)
+        for made, said in zip(changed("softefa_address_handles", handles), changed("tx_pkts", packets)):
+            print(f"{size} bytes: handles {made}, talked {sorted(said)}")
+            # One for each device that talks, and one more where messages and data of one go to two devices there.
+            assert set(made) <= set(said) and sum(made.values()) <= len(said) + 1, (made, said)
+        if size == 8:
+            assert len(said) <= 2, "one rail for messages, one for data"
