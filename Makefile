@@ -12,7 +12,7 @@ EFA_TESTS := $(patsubst %,plugin-tests/e2e/test_%.py,efa transfer notify release
 EFA_LONG  := seventy or in_each_phase or failed_operation or test_sizes or both_directions or small_descriptors \
              or (progress-off and (unequal_hosts or random_lists or repost or in_flight or first_operation))
 
-.PHONY: help setup plugin softefa install-plugins wheel test-wheel demo test check unit e2e e2e-core e2e-versions e2e-efa e2e-efa-all soak test-vllm bench cost docs test-arm64 test-docs
+.PHONY: help setup plugin softefa install-plugins wheel test-wheel demo test check unit e2e e2e-core e2e-versions e2e-efa e2e-efa-all soak test-vllm bench bench-first cost docs test-arm64 test-docs
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -92,6 +92,9 @@ test-vllm: setup plugin softefa ## vLLM on CPUs, prefill and decode in two engin
 
 bench: setup plugin softefa ## ours beside the stock plugin and UCX: ARGS="--network efa:4"; Markdown, JSON and SVG in target/bench
 	$(PYTHON) benches/compare.py $(ARGS)
+
+bench-first: setup plugin softefa ## the first transfer to a peer with 32 software EFA devices, ours and stock: ARGS="--rounds 3"
+	$(PYTHON) benches/first.py $(ARGS)
 
 cost: setup plugin softefa ## instructions per descriptor by callgrind, ours and stock: ARGS="--networks tcp:1 --descriptors 4096"
 	$(PYTHON) benches/cost.py $(ARGS)

@@ -9,6 +9,8 @@ NOTIFIED_PAUSE_S = 0.001
 # How long a program sleeps between two looks where processor time is measured: what it polls in vain must not be counted.
 UNHURRIED_S = 0.0001
 POSTS_MIN = 3
+# Long enough for a handshake, before a transfer that is to find its peer connected.
+CONNECT_S = 0.5
 
 
 def settle(agent, request, state, pause=None):
@@ -110,3 +112,27 @@ def receive_times(worker, count, pause, seconds):
         if pause:
             time.sleep(pause)
     return delays
+
+
+def time_first(worker, metadata, peer, near, far, connects):
+    """The first transfer to a peer and the one after it: seconds to load the peer's metadata, to connect, to post until DONE; all
+    of it; and of the second transfer."""
+    agent = worker.agent
+    start = time.perf_counter()
+    worker.add_remote(metadata)
+    loaded = time.perf_counter()
+    if connects:
+        agent.make_connection(peer)
+    connected = time.perf_counter()
+    if connects:
+        # The peers get to know each other: that is not the transfer's.
+        time.sleep(CONNECT_S)
+    posted = time.perf_counter()
+    handle = worker.prepare("WRITE", near, far, peer)
+    request = worker.handles[handle]
+    settle(agent, request, agent.transfer(request))
+    done = time.perf_counter()
+    settle(agent, request, agent.transfer(request))
+    again = time.perf_counter()
+    worker.release(handle)
+    return loaded - start, connected - loaded, done - posted, connected - start + done - posted, again - done

@@ -16,6 +16,7 @@ pub mod notify;
 pub mod peer;
 pub mod progress;
 pub mod rail;
+pub mod sync;
 pub mod sys;
 pub mod topology;
 pub mod transfer;

@@ -14,7 +14,7 @@ const LAYERS: &[&[&str]] = &[
     &["cuda"],
     &["fabric", "wire", "topology", "metrics"],
     &["sys"],
-    &["types", "error", "logging"],
+    &["types", "error", "logging", "sync"],
 ];
 
 fn layer(module: &str) -> usize {

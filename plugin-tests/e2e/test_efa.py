@@ -1,11 +1,13 @@
 """What only EFA does: no order, many devices, silent loss, devices that die. Run with --network efa or efa-direct."""
 
+import os
 import time
 from pathlib import Path
 
 import pytest
 
 from bed.agent import Refused
+from bed.softefa import LOOK_S
 
 pytestmark = pytest.mark.efa
 MIB = 1 << 20
@@ -358,3 +360,67 @@ def test_two_agents_of_one_host(bed, efa, progress):
     write_all(first, third, 4 * MIB, 1)
     write_all(second, third, 4 * MIB, 2)
     write_all(third, first, 4 * MIB, 3)
+
+
+def resident(agent):
+    """Bytes of memory that the agent's process has."""
+    pages = Path(f"/proc/{agent.process.pid}/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGESIZE")
+
+
+def send_numbers(worker, peer, count):
+    for number in range(count):
+        worker.send(peer, b"%d" % number)
+
+
+@pytest.mark.ours
+def test_notifications_that_nobody_takes(bed, efa):
+    """Senders wait: libfabric would keep 9 KB for each of them. Then all come, once, and a write that may have waited with them."""
+    count = 40_000
+    first = bed.agent("first", progress_thread=True)
+    second = bed.agent("second", progress_thread=True, inbox_bytes_max="64K")
+    source, target = first.buffer(MIB, seed=2), second.buffer(MIB)
+    first.knows(second), second.knows(first)
+    write_all(first, second, MIB, 1)
+    before = resident(second)
+    first.run(send_numbers, second.name, count)
+    # As long as it grows, and a second more.
+    most, quiet_since = before, time.monotonic()
+    while time.monotonic() < quiet_since + 1:
+        time.sleep(0.05)
+        if (now := resident(second)) > most + MIB:
+            most, quiet_since = now, time.monotonic()
+    assert most - before < 48 * MIB, f"{(most - before) / MIB:.0f} MiB for {count} notifications of some bytes"
+    assert "does it call getNotifs?" in second.log_text()
+    handle = first.prepare("WRITE", [source[:]], [target[:]], second)
+    first.call("post", handle)
+    assert second.run(count_numbers, count, 60, deadline=90) == (count, count)
+    assert first.call("wait", handle, 30) == "DONE"
+    target.check(2)
+
+
+@pytest.mark.ours
+def test_address_handles_of_rails_that_talk(bed, efa):
+    """A peer with 32 devices is no reason for 32 address handles on each of ours: a device gets one when it has something to say."""
+    if not efa.writes:
+        pytest.skip("a p4d has 4 devices")
+    efa.devices = 32
+
+    def read(name):
+        return [{device: values[name] for device, values in efa.host(index).counters().items()} for index in range(2)]
+
+    def changed(name, before):
+        return [{device: now - was[device] for device, now in side.items() if now > was[device]}
+                for was, side in zip(before, read(name))]
+
+    first, second = bed.pair(progress_thread=True)
+    handles, packets = read("softefa_address_handles"), read("tx_pkts")
+    for size in (8, 64 * MIB):
+        write_all(first, second, size, 1)
+        time.sleep(LOOK_S)
+        for made, said in zip(changed("softefa_address_handles", handles), changed("tx_pkts", packets)):
+            print(f"{size} bytes: handles {made}, talked {sorted(said)}")
+            # One for each device that talks, and one more where messages and data of one go to two devices there.
+            assert set(made) <= set(said) and sum(made.values()) <= len(said) + 1, (made, said)
+        if size == 8:
+            assert len(said) <= 2, "one rail for messages, one for data"

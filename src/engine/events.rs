@@ -33,7 +33,7 @@ impl Shared {
             let control = &self.local.rails[0];
             if control.has_mail() {
                 if pass < PASSES_MAX {
-                    self.vram.within(|| control.drive(self.inbox.has_room(), &mut next));
+                    self.vram.within(|| control.drive(self.has_room(), &mut next));
                 } else {
                     self.wake();
                 }
@@ -77,7 +77,7 @@ impl Shared {
         for tag in released.begin {
             let Some(transfer) = remote::of_tag(&tag) else { continue };
             transfer.begin(self, next);
-            let room = self.inbox.has_room();
+            let room = self.has_room();
             for rail in transfer.transfer.rails() {
                 self.vram.within(|| self.local.rails[rail.index()].drive(room, next));
             }

@@ -1,7 +1,7 @@
 //! From options to open rails.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -26,9 +26,6 @@ use crate::transfer::{LocalCopies, Rates};
 use crate::types::RailId;
 use crate::wire::blob::capability;
 use crate::wire::{ConnectionInfo, EndpointName, Extension, Handshake, HandshakeExtension};
-
-/// Bytes of notifications that wait for the user before the network is left alone.
-const INBOX_BYTES_MAX: u64 = 1 << 30;
 
 /// Operations in flight on a rail of a software provider.
 const SOFTWARE_OPERATIONS: u32 = 8192;
@@ -71,7 +68,8 @@ pub(super) fn open(
     });
     let works = Arc::new(Works::new(Shared {
         peers: PeerTable::default(),
-        inbox: Inbox::new(INBOX_BYTES_MAX),
+        inbox: Inbox::new(config.inbox_bytes_max),
+        full: AtomicBool::new(false),
         copies: LocalCopies::default(),
         local_rates: Rates::default(),
         remote_rates: Rates::default(),
@@ -179,10 +177,10 @@ fn open_rail(
     let domain = Domain::open(&fabric, device)?;
     let control = id == RailId(0);
     let receives = match (control, efa::is_direct(device)) {
-        (true, _) => config.control_recv_buffers as u32,
+        (true, _) => (config.control_recv_buffers as u32).max(efa::receives_min(device)),
         // Writes with immediate data use up receives there.
         (false, true) => (device.rx_size() as u32).clamp(1, 512),
-        (false, false) => 0,
+        (false, false) => efa::receives_min(device),
     };
     let limits = RailLimits {
         receive_buffers: receives,

@@ -1,7 +1,7 @@
 //! What an engine has below its transfers: rails, peers, what came in. What driving rails brings is acted on in `events`;
 //! who drives everything is in `works`.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use super::mail::Mail;
@@ -23,6 +23,8 @@ pub(super) struct Shared {
     pub local: Arc<Local>,
     pub peers: PeerTable,
     pub inbox: Inbox,
+    /// Nothing is received, because the application takes no notifications.
+    pub full: AtomicBool,
     pub copies: LocalCopies,
     pub local_rates: Rates,
     pub remote_rates: Rates,
@@ -49,6 +51,25 @@ impl Shared {
         self.turns.fetch_add(1, Ordering::Relaxed)
     }
 
+    /// Whether there is room for notifications: whether messages are to be received.
+    pub fn has_room(&self) -> bool {
+        let room = self.inbox.has_room();
+        // Looked at first: rails are driven often, and this changes seldom.
+        if self.full.load(Ordering::Relaxed) == room && self.full.swap(!room, Ordering::Relaxed) == room {
+            let bytes = self.config.inbox_bytes_max;
+            if room {
+                log::info!("agent {}: notifications are taken again, and received", self.local.name);
+            } else {
+                log::warn!(
+                    "agent {}: {bytes} bytes of notifications wait for the application (inbox_bytes_max), so its peers \
+                     wait, too, until it takes them: does it call getNotifs?",
+                    self.local.name
+                );
+            }
+        }
+        room
+    }
+
     /// Drives the rail of control messages, where something was just left.
     pub fn kick(&self) {
         self.drive_after([RailId(0)].into_iter(), Vec::new());
@@ -59,7 +80,7 @@ impl Shared {
         let rails = rails.map(|rail| &self.local.rails[rail.index()]);
         let backlog = self.vram.within(|| {
             rails.fold(false, |backlog, rail| {
-                rail.drive(self.inbox.has_room(), &mut events);
+                rail.drive(self.has_room(), &mut events);
                 backlog | !rail.is_idle()
             })
         });
@@ -78,7 +99,7 @@ impl Shared {
     /// Drives these rails once each, and acts on what happened.
     pub fn drive_rails<'a>(&self, rails: impl Iterator<Item = &'a Arc<Rail>>) -> usize {
         let mut events = Vec::new();
-        let room = self.inbox.has_room();
+        let room = self.has_room();
         let handled = self.vram.within(|| rails.map(|rail| rail.drive(room, &mut events)).sum());
         self.act(events);
         handled

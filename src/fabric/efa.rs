@@ -69,6 +69,23 @@ pub fn numbers_messages(device: &Device) -> bool {
     shakes_hands(device)
 }
 
+/// Whether a message that finds no receive is copied by the poll that meets it, 9 KB for each into a pool without limit, and
+/// its packet given back to the NIC, so that senders are never held back: the efa fabric does, in all versions from 1.22 to
+/// 2.6 (prov/efa/src/rdm/efa_rdm_pke.c, `efa_rdm_pke_get_unexp`; `rx_unexp_pkt_pool` is created with "max count = 0, so pool
+/// is allowed to grow", and `FI_EFA_RX_COPY_UNEXP` is on). On efa-direct, as with any NIC, the sender's tries again.
+pub fn keeps_messages(device: &Device) -> bool {
+    shakes_hands(device)
+}
+
+/// Receives that a rail must have for what keeps messages not to, whatever comes: a poll takes in 50 packets
+/// (`efa_cq_read_size`, 1.22 to 2.6), and hands out as many.
+pub const RECEIVES_MIN: u32 = 64;
+
+/// The fewest receives that a rail should have, also one to which nobody is to send.
+pub fn receives_min(device: &Device) -> u32 {
+    if keeps_messages(device) { RECEIVES_MIN } else { 0 }
+}
+
 /// Whether writes to a peer that has completed one may share a doorbell (FI_MORE). Before 2.4 the provider holds the send
 /// queue's lock from the first post to the last (prov/efa/src/rdm/efa_rdm_pke.c, `efa_rdm_pke_write`: ibv_wr_start to
 /// ibv_wr_complete), and later releases do where they go through rdma-core; up to 2.6 a batch that is posted before the

@@ -1,10 +1,12 @@
 //! Registrations of local memory and descriptions of remote memory.
 #![forbid(unsafe_code)]
 
+mod uses;
+
 use std::fmt;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use self::uses::Uses;
 use crate::cuda::{Context, Cuda};
 use crate::error::{Error, Result};
 use crate::fabric::{Dmabuf, Hmem, MemoryRange, MemoryRegion, next_key};
@@ -83,10 +85,8 @@ pub struct Registration {
     users: Mutex<Vec<Weak<dyn RegionUser>>>,
     /// Rails that have a region, nearest first.
     rails: Vec<RailId>,
-    /// Posts in flight that use it.
-    in_use: AtomicUsize,
-    /// Times that the host has registered it and not deregistered it; at 0 no new post may use it.
-    holders: AtomicUsize,
+    /// Posts in flight, and times that the host has registered it and not deregistered it.
+    uses: Uses,
 }
 
 impl fmt::Display for Registration {
@@ -135,8 +135,7 @@ impl Registration {
             regions: Mutex::new(vec![None; all_rails.len()]),
             users: Mutex::default(),
             rails,
-            in_use: AtomicUsize::new(0),
-            holders: AtomicUsize::new(1),
+            uses: Uses::new(),
         };
         let mut refusal = None;
         for (rail, outcome) in registration.rails.iter().zip(outcomes) {
@@ -249,35 +248,34 @@ impl Registration {
 
     /// A post that uses it begins.
     pub fn begin_use(&self) {
-        self.in_use.fetch_add(1, Ordering::SeqCst);
+        self.uses.begin();
     }
 
     /// A post that uses it is over. The last one closes a range whose deregistration did not wait for it.
     pub fn end_use(&self) {
-        if self.in_use.fetch_sub(1, Ordering::SeqCst) == 1 && self.is_retired() {
+        if self.uses.end() {
             self.close();
         }
     }
 
     /// Posts in flight that use it.
     pub fn uses(&self) -> usize {
-        self.in_use.load(Ordering::SeqCst)
+        self.uses.count()
     }
 
     /// The host registers it once more. `false` if it has been given up already.
     pub fn add_holder(&self) -> bool {
-        let more = |holders: usize| (holders > 0).then_some(holders + 1);
-        self.holders.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).is_ok()
+        self.uses.add_holder()
     }
 
     /// The host deregisters it once. `true` if that was the last time: no new post may use it.
     pub fn drop_holder(&self) -> bool {
-        self.holders.fetch_sub(1, Ordering::SeqCst) == 1
+        self.uses.drop_holder()
     }
 
     /// Whether the host has deregistered it.
     pub fn is_retired(&self) -> bool {
-        self.holders.load(Ordering::SeqCst) == 0
+        self.uses.is_retired()
     }
 }
 

@@ -1,8 +1,6 @@
 //! Notifications that wait for the user.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
-
+use crate::sync::{AtomicU64, Mutex, Ordering, PoisonError};
 use crate::types::AgentName;
 
 /// A notification's sender and message.

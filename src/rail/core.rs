@@ -1,11 +1,12 @@
 //! What the owner of a rail does with it.
 
+mod counts;
+
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_queue::SegQueue;
 use slab::Slab;
 
 use super::destination::{DestinationKey, Destinations};
@@ -13,12 +14,13 @@ use super::message::Messages;
 use super::receive::Receives;
 use super::window::Window;
 use super::work::{Invitation, Work};
-use super::{Command, Counters, Destination, Event, MESSAGE_BYTES_MAX, RailLimits};
+use super::{Command, Counters, Destination, Event, MESSAGE_BYTES_MAX, RailLimits, owner};
 use crate::error::{Error, Result};
 use crate::fabric::{
     BATCH_WRITES_MAX, Completion, Device, Domain, Endpoint, EndpointOptions, MemoryRegion, Posted, efa,
     next_key,
 };
+use crate::sync::SegQueue;
 use crate::types::{Op, RailId};
 
 /// Operations in flight where the device names a smaller queue than a software provider needs to stay busy.
@@ -98,6 +100,8 @@ pub(super) struct Core {
     batches: bool,
     /// See [`QUIET_POLLS_MAX`]; one where a NIC moves the data.
     quiet_polls_max: usize,
+    /// Whether the provider keeps messages for which no receive is posted, without limit.
+    keeps_messages: bool,
     /// Whether the provider shakes hands with a peer before it moves data, and says nothing if it gets no answer.
     shakes_hands: bool,
     /// The time at the start of this turn.
@@ -108,6 +112,17 @@ pub(super) struct Core {
     open_since: Option<Instant>,
     /// Why the rail no longer works.
     broken: Option<Error>,
+}
+
+impl owner::Core for Core {
+    fn has_backlog(&self) -> bool {
+        !self.turns.is_empty() || self.messages.has_unsent()
+    }
+
+    /// Receives do not count.
+    fn is_idle(&self) -> bool {
+        self.shares.is_empty() && self.messages.is_empty()
+    }
 }
 
 impl Core {
@@ -154,6 +169,7 @@ impl Core {
         Ok(Self {
             batches,
             quiet_polls_max: if efa::is_efa(device.provider()) { 1 } else { QUIET_POLLS_MAX },
+            keeps_messages: efa::keeps_messages(device),
             shakes_hands: efa::shakes_hands(device),
             endpoint,
             id,
@@ -205,18 +221,8 @@ impl Core {
         Ok(region.bind(&self.endpoint)?)
     }
 
-    /// Whether something waits to be posted.
-    pub fn has_backlog(&self) -> bool {
-        !self.turns.is_empty() || self.messages.has_unsent()
-    }
-
-    /// Whether nothing is queued or in flight (receives do not count).
-    pub fn is_idle(&self) -> bool {
-        self.shares.is_empty() && self.messages.is_empty()
-    }
-
     pub fn try_wait(&mut self) -> bool {
-        !self.has_backlog() && self.endpoint.try_wait()
+        !owner::Core::has_backlog(self) && self.endpoint.try_wait()
     }
 
     /// One turn: new work, completions, receives, messages, shares. Appends what happened that concerns others, and
@@ -227,14 +233,7 @@ impl Core {
         if !self.close_batch(events) {
             return handled;
         }
-        handled += self.poll(events);
-        // A user who never takes notifications is met by senders who wait, not by memory that fills up.
-        if self.broken.is_none()
-            && room
-            && let Err(e) = self.receives.post(&mut self.endpoint)
-        {
-            self.break_down(e, events);
-        }
+        handled += self.poll(room, events);
         if self.broken.is_none() {
             handled += self.messages.post(
                 &mut self.endpoint,
@@ -245,6 +244,9 @@ impl Core {
             );
             handled += self.post_shares(events);
             self.look_around(events);
+        }
+        if cfg!(debug_assertions) && self.broken.is_none() {
+            self.check_counts();
         }
         handled
     }
@@ -310,9 +312,20 @@ impl Core {
         self.turns.push_back(self.shares.insert(share));
     }
 
-    fn poll(&mut self, events: &mut Vec<Event>) -> usize {
+    /// Takes completions and, with `room`, gives the NIC back the receives that they used.
+    ///
+    /// A user who never takes notifications is met by senders who wait, not by memory that fills up: where the provider
+    /// would keep what no receive is posted for, it is not polled without one, so that its NIC runs out of buffers, too.
+    fn poll(&mut self, room: bool, events: &mut Vec<Event>) -> usize {
         let mut handled = 0;
         for turn in 1..=POLLS_PER_TURN {
+            if room && let Err(e) = self.receives.post(&mut self.endpoint) {
+                self.break_down(e, events);
+                return handled;
+            }
+            if self.keeps_messages && self.receives.are_used_up() {
+                return handled;
+            }
             let mut completions = std::mem::take(&mut self.completions);
             let outcome = self.endpoint.poll(&mut completions);
             for completion in completions.drain(..) {

@@ -112,6 +112,11 @@ impl Destinations {
         Ok(key)
     }
 
+    /// Uses of all entries.
+    pub fn users(&self) -> usize {
+        self.entries.iter().flatten().map(|entry| entry.users as usize).sum()
+    }
+
     pub fn release(&mut self, key: DestinationKey) {
         self.get(key).users -= 1;
     }

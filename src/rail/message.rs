@@ -113,6 +113,34 @@ impl Messages {
         &self.buffer
     }
 
+    /// Buffers that the provider has.
+    pub fn in_flight(&self) -> u32 {
+        (self.in_flight.len() - self.free.len()) as u32
+    }
+
+    /// How often messages use destinations: each its own, and fragments in flight of those that were given up.
+    pub fn users_of_destinations(&self) -> usize {
+        let abandoned = self.in_flight.iter().filter(|slot| matches!(slot, Slot::Abandoned(_))).count();
+        self.active.len() + abandoned
+    }
+
+    /// Panics where two counts of one thing differ.
+    pub fn check_counts(&self) {
+        let free = self.in_flight.iter().filter(|slot| matches!(slot, Slot::Free)).count();
+        assert_eq!(free, self.free.len(), "buffers with nothing in flight; free buffers");
+        let of_messages = self.in_flight.iter().filter(|slot| matches!(slot, Slot::Of(_))).count();
+        let outstanding: u32 = self.active.iter().map(|(_, message)| message.outstanding).sum();
+        assert_eq!(of_messages, outstanding as usize, "buffers of messages; fragments in flight");
+        for (key, _) in &self.active {
+            let message = &self.active[key];
+            assert!(
+                message.outstanding > 0 || self.queues[&message.destination].contains(&key),
+                "message {key} rests"
+            );
+        }
+        assert_eq!(self.turns.len(), self.queues.len(), "destinations with a turn; with a queue");
+    }
+
     /// Whether something waits to be posted.
     pub fn has_unsent(&self) -> bool {
         !self.turns.is_empty()

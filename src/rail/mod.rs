@@ -11,20 +11,19 @@
 mod core;
 mod destination;
 mod message;
+mod owner;
 mod receive;
 mod window;
 mod work;
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-
-use crossbeam_queue::SegQueue;
 
 use self::core::Core;
 pub use self::destination::Destination;
 pub use self::message::{Fragments, Message};
+use self::owner::Owner;
 pub use self::work::{Invitation, Tag, Work};
 use crate::error::{Error, Result};
 use crate::fabric::{Device, Domain, MemoryRegion};
@@ -183,15 +182,9 @@ pub struct Rail {
     endpoint_name: Vec<u8>,
     wait_fd: Option<i32>,
     reaches_gpus: bool,
-    inbox: SegQueue<Command>,
-    /// Nothing is queued or in flight beside what is in the inbox, as the last owner left it.
-    idle: AtomicBool,
-    /// Something waits to be posted, as the last owner left it.
-    backlog: AtomicBool,
     /// As the last owner left them.
     counters: Mutex<Counters>,
-    /// `None` once the rail is closed.
-    core: Mutex<Option<Core>>,
+    owner: Owner<Core, Command>,
 }
 
 impl fmt::Debug for Rail {
@@ -215,11 +208,8 @@ impl Rail {
             endpoint_name: core.endpoint_name()?,
             wait_fd: core.wait_fd(),
             reaches_gpus: core.reaches_gpus(),
-            inbox: SegQueue::new(),
-            idle: AtomicBool::new(true),
-            backlog: AtomicBool::new(false),
             counters: Mutex::default(),
-            core: Mutex::new(Some(core)),
+            owner: Owner::new(core),
         })
     }
 
@@ -261,24 +251,23 @@ impl Rail {
 
     /// Whether nothing is queued or in flight here (receives do not count).
     pub fn is_idle(&self) -> bool {
-        // In this order: an owner that takes from the inbox has said before that the rail is not idle.
-        self.inbox.is_empty() && self.idle.load(Ordering::SeqCst)
+        self.owner.is_idle()
     }
 
     /// Leaves an invitation to work for the rail's owner.
     pub fn invite(&self, invitation: Invitation) {
-        self.inbox.push(Command::Work(invitation));
+        self.owner.leave(Command::Work(invitation));
     }
 
     /// Leaves a control message for the rail's owner.
     pub fn send(&self, message: Message) {
-        self.inbox.push(Command::Message(message));
+        self.owner.leave(Command::Message(message));
     }
 
     /// Makes endpoints known that will write here or read from here, where the device wants that said (efa-direct; the
     /// efa fabric does it by itself).
     pub fn admit(&self, endpoints: Vec<Destination>, tag: Tag) {
-        self.inbox.push(Command::Admit(endpoints, tag));
+        self.owner.leave(Command::Admit(endpoints, tag));
     }
 
     /// Drives the rail if nobody else does: takes in new work, handles completions, posts. Appends what happened.
@@ -287,47 +276,29 @@ impl Rail {
     /// taken in by that thread before it leaves. Without `room`, no further control messages are received.
     pub fn drive(&self, room: bool, events: &mut Vec<Event>) -> usize {
         let mut handled = 0;
-        // Pairs with the fence of an owner that is about to leave: one of the two sees the other's write.
-        fence(Ordering::SeqCst);
-        loop {
-            match self.core.try_lock() {
-                Ok(mut core) => {
-                    let Some(core) = core.as_mut() else { return handled };
-                    self.idle.store(false, Ordering::SeqCst);
-                    let done = core.drive(&self.inbox, room, events);
-                    if done > 0 || core.has_news() {
-                        *self.counters.lock().unwrap_or_else(PoisonError::into_inner) = core.counters();
-                    }
-                    handled += done;
-                    self.idle.store(core.is_idle(), Ordering::SeqCst);
-                    self.backlog.store(core.has_backlog(), Ordering::Release);
-                }
-                // A panic under the lock is reported once, at the boundary; the rail stays still from then on.
-                Err(TryLockError::WouldBlock | TryLockError::Poisoned(_)) => return handled,
+        self.owner.drive(|core, inbox| {
+            let done = core.drive(inbox, room, events);
+            if done > 0 || core.has_news() {
+                *self.counters.lock().unwrap_or_else(PoisonError::into_inner) = core.counters();
             }
-            fence(Ordering::SeqCst);
-            if self.inbox.is_empty() {
-                return handled;
-            }
-        }
+            handled += done;
+        });
+        handled
     }
 
     /// Whether work waits that nothing but driving the rail again will post.
     pub fn has_backlog(&self) -> bool {
-        self.backlog.load(Ordering::Acquire) || !self.inbox.is_empty()
+        self.owner.has_backlog()
     }
 
     /// Whether work was left that no owner has taken in.
     pub fn has_mail(&self) -> bool {
-        !self.inbox.is_empty()
+        self.owner.has_mail()
     }
 
     /// Whether a thread may block on [`Rail::wait_fd`] now: nothing is left to poll for.
     pub fn try_wait(&self) -> bool {
-        match self.core.try_lock() {
-            Ok(mut core) => core.as_mut().is_none_or(|core| self.inbox.is_empty() && core.try_wait()),
-            Err(_) => false,
-        }
+        self.owner.ask(Core::try_wait).unwrap_or(false)
     }
 
     /// Makes a region of this rail's domain usable at its endpoint.
@@ -335,17 +306,17 @@ impl Rail {
         if !self.device.mr_endpoint() {
             return Ok(());
         }
-        self.lock().as_ref().map_or_else(|| Err(self.closed()), |core| core.bind(region))
+        self.owner.lock().as_ref().map_or_else(|| Err(self.closed()), |core| core.bind(region))
     }
 
     /// Closes the endpoint. What is in flight ends with an error; what comes later is refused.
     pub fn close(&self, events: &mut Vec<Event>) {
-        let core = self.lock().take();
+        let core = self.owner.lock().take();
         let error = self.closed();
         if let Some(mut core) = core {
             core.end_all(&error, events);
         }
-        while let Some(command) = self.inbox.pop() {
+        while let Some(command) = self.owner.take_left() {
             match command {
                 Command::Work(invitation) => invitation.work.fail(error.clone(), events),
                 Command::Message(message) => events.push(message.over(Err(error.clone()))),
@@ -356,9 +327,5 @@ impl Rail {
 
     fn closed(&self) -> Error {
         Error::backend(format!("rail {} is closed", self.id))
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Core>> {
-        self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

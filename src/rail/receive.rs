@@ -7,6 +7,7 @@ use std::sync::Arc;
 /// Buffers kept posted. Buffer `i` uses context `i`.
 pub(super) struct Receives {
     buffer: Option<RegisteredBuffer>,
+    buffers: usize,
     bytes_each: usize,
     /// Buffers that the provider would not take yet.
     unposted: Vec<u32>,
@@ -18,7 +19,7 @@ impl Receives {
             0 => None,
             n => Some(RegisteredBuffer::new(domain, n as usize * bytes_each, key)?),
         };
-        Ok(Self { buffer, bytes_each, unposted: (0..count).rev().collect() })
+        Ok(Self { buffer, buffers: count as usize, bytes_each, unposted: (0..count).rev().collect() })
     }
 
     pub fn registered(&self) -> Option<&RegisteredBuffer> {
@@ -30,6 +31,16 @@ impl Receives {
         self.buffer.as_ref().map_or_else(Vec::new, |buffer| {
             buffer.copy_out(context as usize * self.bytes_each, len.min(self.bytes_each))
         })
+    }
+
+    /// Whether there are buffers, and each has come back and waits to be posted.
+    pub fn are_used_up(&self) -> bool {
+        self.buffers > 0 && self.unposted.len() == self.buffers
+    }
+
+    /// Buffers that the provider has.
+    pub fn posted(&self) -> u32 {
+        (self.buffers - self.unposted.len()) as u32
     }
 
     /// Gives a buffer back to be posted.

@@ -21,6 +21,11 @@ pub(super) struct Window {
 }
 
 impl Window {
+    /// Operations of shared work that are in flight.
+    pub fn operations(&self) -> u32 {
+        self.operations
+    }
+
     /// Whether nothing of shared work is in flight.
     pub fn is_empty(&self) -> bool {
         self.operations == 0

@@ -15,6 +15,10 @@ pub type FlightId = u64;
 
 /// Most pieces that one operation's data is cut into.
 const PIECES_MAX: u64 = 4;
+/// Packets that one poll takes in where the provider keeps messages: efa's `efa_cq_read_size`.
+const PACKETS_PER_POLL: usize = 50;
+/// Messages that such a provider may keep for want of receives: those of a poll or two, not all that peers send.
+const MESSAGES_KEPT_MAX: usize = 128;
 /// How long a NIC tries to reach a host that is gone, in nanoseconds.
 const UNREACHABLE_NS: (u64, u64) = (500_000, 3_000_000);
 
@@ -146,6 +150,23 @@ impl State {
             if self.flights.get(&flight).is_none_or(|flight| flight.pieces_left == 0) {
                 break;
             }
+        }
+        if self.profile.pools_messages {
+            self.take_in(ep);
+        }
+    }
+
+    /// The provider takes what its NIC has out of the buffers that it has posted itself.
+    fn take_in(&mut self, index: usize) {
+        let ep = &mut self.eps[index];
+        let packets = ep.unmatched.len().min(PACKETS_PER_POLL);
+        ep.pooled.extend(ep.unmatched.drain(..packets));
+        self.match_arrivals(index);
+        let kept = self.eps[index].pooled.iter().filter(|arrival| arrival.payload.is_some()).count();
+        if kept > MESSAGES_KEPT_MAX {
+            self.breach(format!(
+                "the provider keeps {kept} messages that no receive has met, and there is no end to it"
+            ));
         }
     }
 
@@ -457,8 +478,9 @@ impl State {
                 return;
             }
             let free = |a: &Arrival| a.payload.is_none() && !uses_receive;
-            let at = if ep.recvs.is_empty() { ep.unmatched.iter().position(free) } else { Some(0) };
-            let Some(arrival) = at.and_then(|at| ep.unmatched.remove(at)) else { return };
+            let arrived = if self.profile.pools_messages { &mut ep.pooled } else { &mut ep.unmatched };
+            let at = if ep.recvs.is_empty() { arrived.iter().position(free) } else { Some(0) };
+            let Some(arrival) = at.and_then(|at| arrived.remove(at)) else { return };
             let with_data = if arrival.data.is_some() { sys::FI_REMOTE_CQ_DATA } else { 0 };
             let data = u64::from(arrival.data.unwrap_or(0));
             if free(&arrival) {
@@ -581,6 +603,7 @@ impl State {
         ep.contexts.clear();
         ep.outstanding = 0;
         ep.unmatched.clear();
+        ep.pooled.clear();
         ep.connections.clear();
     }
 

@@ -54,6 +54,8 @@ pub struct Profile {
     pub queues_in_memory: bool,
     /// Posts are put off while a connection is made, for ever if the peer is dead.
     pub connects: bool,
+    /// A poll takes in what the NIC has, and keeps messages for which no receive is posted; else they wait at their sender.
+    pub pools_messages: bool,
 }
 
 /// The efa fabric of the efa provider.
@@ -71,11 +73,12 @@ pub const EFA: Profile = Profile {
     host_driven: false,
     queues_in_memory: false,
     connects: false,
+    pools_messages: true,
 };
 
 /// The efa-direct fabric, with writes that use up receives.
 pub const EFA_DIRECT: Profile =
-    Profile { fabric: "efa-direct", numbers_messages: false, rx_cq_data: true, ..EFA };
+    Profile { fabric: "efa-direct", numbers_messages: false, rx_cq_data: true, pools_messages: false, ..EFA };
 
 /// The tcp provider.
 pub const TCP: Profile = Profile {
@@ -89,6 +92,7 @@ pub const TCP: Profile = Profile {
     host_driven: true,
     queues_in_memory: true,
     connects: true,
+    pools_messages: false,
     ..EFA
 };
 
@@ -99,6 +103,7 @@ pub const BOUND_MR: Profile = Profile {
     virt_addr: false,
     mr_endpoint: true,
     numbers_messages: false,
+    pools_messages: false,
     ..EFA
 };
 
@@ -239,8 +244,10 @@ pub(crate) struct Ep {
     pub op_flags: u64,
     pub name: [u8; 32],
     pub recvs: VecDeque<Recv>,
-    /// Arrivals for which no receive was posted.
+    /// Arrivals for which no receive was posted, or that no poll has taken in.
     pub unmatched: VecDeque<Arrival>,
+    /// What polls have taken in and no receive has met, where the provider keeps that.
+    pub pooled: VecDeque<Arrival>,
     /// Contexts in flight.
     pub contexts: BTreeSet<usize>,
     /// Operations (receives aside) in flight.

@@ -531,3 +531,54 @@ fn memory_given_up_in_use_is_closed_with_its_last_use() {
     drop((request, local));
     group.close();
 }
+
+/// What nobody takes waits at its sender: the simulator says so if the provider is made to keep it.
+#[test]
+fn notifications_that_nobody_takes_wait_at_their_sender() {
+    for profile in PROFILES {
+        let options = [OPTIONS, &[("inbox_bytes_max", "65536")]].concat();
+        let mut group = Group::new(3, profile, 2, &options);
+        group.live(50);
+        let names: Vec<_> = group.agents.iter().map(|agent| agent.name.clone()).collect();
+        let count = 4000_u32;
+        for number in 0..count {
+            group.engine(0).send_notification(&names[1], &number.to_le_bytes()).unwrap();
+            // It calls NIXL, and is not interested in notifications.
+            group.engine(1).send_notification(&names[2], b"at work").unwrap();
+            group.look(0);
+            group.look(2);
+            group.world.pass(1_000);
+        }
+        assert_eq!(group.world.state().broken, Vec::<String>::new(), "{profile:?}");
+        group.live_until(1_000, |group| group.agents[1].inbox.len() == count as usize);
+        let came: Vec<_> = group.agents[1].inbox.iter().map(|(_, bytes)| bytes.clone()).collect();
+        let mut sorted = came.clone();
+        sorted.sort_by_key(|bytes| u32::from_le_bytes(bytes[..].try_into().unwrap()));
+        assert_eq!(sorted, (0..count).map(|n| n.to_le_bytes().to_vec()).collect::<Vec<_>>(), "{profile:?}");
+        group.close();
+    }
+}
+
+/// Many may write at once to who takes what comes: never is a message there without a receive for it.
+#[test]
+fn many_messages_at_once_find_receives() {
+    const SENDERS: usize = 30;
+    for buffers in ["8", "256"] {
+        let options = [OPTIONS, &[("control_recv_buffers", buffers)]].concat();
+        let mut group = Group::new(SENDERS + 1, EFA, 1, &options);
+        group.live(50);
+        let target = group.agents[SENDERS].name.clone();
+        for _ in 0..4 {
+            for sender in 0..SENDERS {
+                for _ in 0..64 {
+                    group.engine(sender).send_notification(&target, b"to one").unwrap();
+                }
+            }
+            group.world.pass(10_000_000);
+        }
+        group.look(SENDERS);
+        assert_eq!(group.world.state().broken, Vec::<String>::new(), "{buffers} receives");
+        assert!(group.live_until(1_000, |group| group.got(SENDERS, b"to one") == SENDERS * 64 * 4));
+        group.close();
+    }
+}

@@ -47,6 +47,7 @@ counters! {
     softefa_registered_bytes: "Bytes registered since the device was there; what was deregistered counts, too.",
     softefa_posted_wrs: "Work requests posted to send queues.",
     softefa_doorbells: "Times that a send queue's doorbell rang: one for all requests between `wr_start` and `wr_complete`.",
+    softefa_address_handles: "Address handles made; those that were destroyed count, too.",
     softefa_cq_overruns: "Completions lost because their completion queue was full.",
 }
 

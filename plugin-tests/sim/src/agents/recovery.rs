@@ -1,5 +1,7 @@
 //! The end of a run: faults cease, and everything that was promised must come true.
 
+use nixl_libfabric::fabric::efa;
+
 use super::{Agent, CALM_MS, MS, Play};
 use crate::clock;
 use crate::world::Faults;
@@ -94,7 +96,9 @@ impl Play {
 
     /// Nothing is in flight any more, and everything is as it was in the beginning.
     pub(super) fn check_capacity(&mut self) {
-        let receives: usize = self.plan.options["control_recv_buffers"].parse().expect("a number");
+        let asked: usize = self.plan.options["control_recv_buffers"].parse().expect("a number");
+        let least = if self.plan.profile.pools_messages { efa::RECEIVES_MIN as usize } else { 0 };
+        let receives = asked.max(least);
         self.run_until(1_000, |play| {
             let state = play.world.state();
             let open = |a: &&Agent| a.engine.is_some();

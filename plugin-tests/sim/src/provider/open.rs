@@ -159,6 +159,7 @@ pub(super) unsafe extern "C" fn open_ep(
         name,
         recvs: VecDeque::new(),
         unmatched: VecDeque::new(),
+        pooled: VecDeque::new(),
         contexts: std::collections::BTreeSet::new(),
         outstanding: 0,
         held: Vec::new(),

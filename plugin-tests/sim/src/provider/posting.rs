@@ -20,14 +20,19 @@ pub(super) unsafe extern "C" fn cq_read(cq: *mut sys::fid_cq, buffer: *mut c_voi
         return EAGAIN as isize;
     }
     state.on_call();
-    state.on_poll(ep);
-    state.match_arrivals(ep);
     let again = state.faults.poll_again;
-    let batch = state.poll_batch as u64;
-    if state.cqs[cq.index].entries.is_empty() || state.rng.chance(again) {
+    if state.rng.chance(again) {
         return EAGAIN as isize;
     }
-    let most = (state.rng.within(1, batch) as usize).min(count);
+    state.on_poll(ep);
+    state.match_arrivals(ep);
+    if state.cqs[cq.index].entries.is_empty() {
+        return EAGAIN as isize;
+    }
+    let batch = state.poll_batch as u64;
+    // A provider that takes in some at each poll hands out as many.
+    let most =
+        if state.profile.pools_messages { count } else { count.min(state.rng.within(1, batch) as usize) };
     let entries = &mut state.cqs[cq.index].entries;
     let good = entries.iter().take(most).take_while(|entry| entry.error.is_none()).count();
     if good == 0 {

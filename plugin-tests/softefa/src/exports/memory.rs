@@ -167,7 +167,10 @@ pub unsafe extern "C" fn softefa_ibv_create_ah(
     let (context, gid) = unsafe { ((*pd).context, (*attr).dgid) };
     // SAFETY: the domain's context is the caller's object too.
     let index = unsafe { Context::of(context) }.index;
-    let number = engine.lock().device(index).and_then(|device| device.handles.acquire(&gid));
+    let number = engine.lock().device(index).and_then(|device| {
+        add(&device.table.counters.softefa_address_handles, 1);
+        device.handles.acquire(&gid)
+    });
     let Some(number) = number else { return fail(libc::ENOMEM) };
     let verbs = v::ibv_ah { context, pd, handle: u32::from(number) };
     Box::into_raw(Box::new(AddressHandle { verbs, gid, number, device: index })).cast()

@@ -5,12 +5,15 @@
 //! rails' wait objects. Where the provider has none that work (efa) it naps, and looks.
 #![forbid(unsafe_code)]
 
+mod asleep;
+
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
+use self::asleep::Asleep;
 use crate::error::{Error, Result};
 use crate::rail::Rail;
 use crate::sys::event::{EventFd, Poller};
@@ -62,18 +65,17 @@ pub struct Waker {
     event: EventFd,
     /// The thread, if it naps; else it blocks on the event.
     napper: OnceLock<Thread>,
-    sleeping: AtomicBool,
+    asleep: Asleep,
 }
 
 impl Waker {
     fn new() -> Result<Self> {
-        Ok(Self { event: EventFd::new()?, napper: OnceLock::new(), sleeping: AtomicBool::new(false) })
+        Ok(Self { event: EventFd::new()?, napper: OnceLock::new(), asleep: Asleep::new() })
     }
 
     /// Ends the thread's sleep, if it sleeps.
     pub fn wake(&self) {
-        // Looked at first: posts wake, and most find the thread awake.
-        if self.sleeping.load(Ordering::SeqCst) && self.sleeping.swap(false, Ordering::AcqRel) {
+        if self.asleep.is_to_be_woken() {
             match self.napper.get() {
                 Some(thread) => thread.unpark(),
                 None => self.event.signal(),
@@ -168,7 +170,7 @@ impl Drop for ProgressThreads {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
         for (waker, thread) in self.threads.drain(..) {
-            waker.sleeping.store(true, Ordering::Release);
+            waker.asleep.begin();
             waker.wake();
             if thread.thread().id() != std::thread::current().id() {
                 // Its panics have stopped inside.
@@ -244,7 +246,7 @@ impl Loop {
 
     /// Blocks on the wait objects, unless something is there already.
     fn block(&self, longest: Duration) {
-        self.waker.sleeping.store(true, Ordering::SeqCst);
+        self.waker.asleep.begin();
         let idle = self.driver.upgrade().is_none_or(|driver| driver.may_wait(&self.rails));
         if idle {
             self.poller.wait(longest);
@@ -252,15 +254,15 @@ impl Loop {
             // Another thread holds a rail, or work could not be posted: look again soon, but let it go on.
             self.poller.wait(Duration::from_micros(50));
         }
-        self.waker.sleeping.store(false, Ordering::Release);
+        self.waker.asleep.end();
         self.waker.event.clear();
     }
 
     /// Sleeps for a moment, unless woken: a futex costs less than a descriptor, and this is done ten thousand times a second.
     fn nap(&self) {
-        self.waker.sleeping.store(true, Ordering::SeqCst);
+        self.waker.asleep.begin();
         std::thread::park_timeout(self.pace.nap);
-        self.waker.sleeping.store(false, Ordering::Release);
+        self.waker.asleep.end();
     }
 }
 
