@@ -3,7 +3,7 @@
 //!
 //! What is checked are promises: what is left for an owner is taken in, no memory is closed while it is used, no sleeper
 //! sleeps on, no notification stays behind. `mutants/mutants.toml` takes fences and second looks out, one by one.
-#![allow(dead_code, missing_docs)]
+#![allow(dead_code, missing_docs, clippy::new_without_default)]
 
 #[path = "../../../src/progress/asleep.rs"]
 mod asleep;
@@ -146,8 +146,10 @@ struct Region {
 impl Region {
     fn close(&self) {
         if !self.closed.swap(true, Ordering::AcqRel) {
-            // SAFETY: nothing uses it any more: what the test is about, and loom sees to.
-            self.memory.with_mut(|open| unsafe { *open = false });
+            self.memory.with_mut(|open| {
+                // SAFETY: nothing uses it any more: what the test is about, and loom sees to.
+                unsafe { *open = false };
+            });
         }
     }
 
@@ -155,10 +157,11 @@ impl Region {
     fn post(&self) {
         self.uses.begin();
         if !self.uses.is_retired() {
-            // SAFETY: it is in use, so nobody closes it.
-            self.memory.with(|open| {
-                assert!(unsafe { *open }, "a post that saw no deregistration uses closed memory")
+            let open = self.memory.with(|open| {
+                // SAFETY: it is in use, so nobody closes it: loom says so if somebody does.
+                unsafe { *open }
             });
+            assert!(open, "a post that saw no deregistration uses closed memory");
         }
         if self.uses.end() {
             self.close();
