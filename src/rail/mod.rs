@@ -10,14 +10,16 @@
 
 mod core;
 mod destination;
+mod failure;
 mod message;
 mod receive;
+mod share;
 mod window;
 mod work;
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, TryLockError};
 use std::time::Duration;
 
 use crossbeam_queue::SegQueue;
@@ -45,6 +47,24 @@ pub enum Event {
         /// The work.
         work: Arc<Work>,
     },
+    /// A lane of a piece of work can do no more of it. What it had claimed may be claimed anew.
+    WorkLeft {
+        /// The work.
+        work: Arc<Work>,
+        /// Why.
+        error: Error,
+    },
+    /// The rail does not take a message, of which nothing has left.
+    MessageReturned {
+        /// The message.
+        message: Message,
+        /// The rail.
+        rail: RailId,
+        /// Why not.
+        error: Error,
+    },
+    /// The rail has failed: see [`Rail::failure`].
+    Failed,
     /// Every fragment of a message has left, or one could not.
     MessageOver {
         /// Whose it was.
@@ -156,6 +176,7 @@ pub struct Rail {
     backlog: AtomicBool,
     /// As the last owner left them.
     counters: Mutex<Counters>,
+    failure: OnceLock<Error>,
     /// `None` once the rail is closed.
     core: Mutex<Option<Core>>,
 }
@@ -185,6 +206,7 @@ impl Rail {
             idle: AtomicBool::new(true),
             backlog: AtomicBool::new(false),
             counters: Mutex::default(),
+            failure: OnceLock::new(),
             core: Mutex::new(Some(core)),
         })
     }
@@ -207,6 +229,11 @@ impl Rail {
     /// The endpoint's address as peers need it.
     pub fn endpoint_name(&self) -> &[u8] {
         &self.endpoint_name
+    }
+
+    /// Why the rail is out of use for good, if it is.
+    pub fn failure(&self) -> Option<&Error> {
+        self.failure.get()
     }
 
     /// What it has done.
@@ -263,6 +290,9 @@ impl Rail {
                     let done = core.drive(&self.inbox, room, events);
                     if done > 0 {
                         *self.counters.lock().unwrap_or_else(PoisonError::into_inner) = core.counters();
+                    }
+                    if let Some(failure) = core.failure() {
+                        self.failure.get_or_init(|| failure.clone());
                     }
                     handled += done;
                     self.idle.store(core.is_idle(), Ordering::SeqCst);
