@@ -238,6 +238,45 @@ def test_device_that_dies(bed, efa, progress):
 
 
 @pytest.mark.ours
+@pytest.mark.parametrize("carries_messages", [True, False], ids=["first", "other"])
+@pytest.mark.parametrize("operation", ["WRITE", "READ"])
+def test_own_device_that_dies(bed, efa, progress, operation, carries_messages):
+    """One of this host's devices dies in the middle: the transfer and all later ones go over the others, the peer's too."""
+    if not efa.writes:
+        pytest.skip("a write of a p4d is a read of its peer, whose transfer it is not")
+    first, second = bed.pair(progress_thread=progress)
+    near, far = first.buffer(64 * MIB, seed=1), second.buffer(64 * MIB, seed=2)
+    first.knows(second), second.knows(first)
+    first.transfer(operation, [near[:]], [far[:]], second, b"before")
+    second.receives(b"before", sender=first)
+    (near if operation == "WRITE" else far).fill(3)
+    first_device = min(efa.host(0).counters())
+    moved = wrote(efa, 0) if operation == "WRITE" else counted(efa, 0, None, "rdma_read_bytes")
+    dying = first_device if carries_messages else max(set(moved) - {first_device})
+    # Half a second for the whole.
+    efa.control("src=h0 gbps=0.3")
+    handle = first.prepare(operation, [near[:]], [far[:]], second, b"meanwhile")
+    first.call("post", handle, b"meanwhile")
+    efa.control("src=h0 gbps=0.3", f"host=h0/{dying} dead=1 unreachable_ms=300")
+    assert ends(first, handle, 30) == "DONE"
+    (far if operation == "WRITE" else near).check(3)
+    second.receives(b"meanwhile", sender=first)
+    efa.control(f"host=h0/{dying} dead=1 unreachable_ms=300")
+    for turn in range(4):
+        (near if operation == "WRITE" else far).fill(10 + turn)
+        first.transfer(operation, [near[:]], [far[:]], second, b"%d" % turn)
+        (far if operation == "WRITE" else near).check(10 + turn)
+    second.receives(*(b"%d" % turn for turn in range(4)), sender=first)
+    log = first.log_text()
+    assert log.count("has failed and is out of use") == 1 and f"on {dying}" in log
+    # Told, the peer does not use it either, whatever rail it begins with.
+    assert f"devices of {first.name} have failed" in second.log_text()
+    for turn in range(4):
+        second.transfer("WRITE", [far[: 4096 * turn + 1]], [near[: 4096 * turn + 1]], first)
+    second.transfer("READ", [far[:]], [near[:]], first)
+
+
+@pytest.mark.ours
 def test_writes_share_doorbells(bed, efa):
     """A list that nothing of can be joined: the device is told once for sixteen writes, or for fewer at the ends of the queues."""
     if not efa.writes:

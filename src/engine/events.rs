@@ -30,7 +30,7 @@ impl Shared {
                 self.on_event(event, &mut next);
             }
             // Messages that were left there: notifications, answers to handshakes.
-            let control = &self.local.rails[0];
+            let control = self.local.control_rail();
             if control.has_mail() {
                 if pass < PASSES_MAX {
                     self.vram.within(|| control.drive(self.has_room(), &mut next));
@@ -52,6 +52,29 @@ impl Shared {
             }
             Event::WorkOver { work } => {
                 self.part_over(work.tag(), work.error().map_or(Ok(()), Err), next);
+                Ok(())
+            }
+            Event::WorkLeft { work, error } => {
+                if let Some(transfer) = remote::of_tag(work.tag()) {
+                    transfer.go_on(&work, error, self, next);
+                }
+                Ok(())
+            }
+            Event::MessageReturned { message, rail, error } => {
+                // Each rail is tried once.
+                let others = &self.local.rails[rail.index() + 1..];
+                if let Some(other) = others.iter().find(|other| other.failure().is_none()) {
+                    other.send(message);
+                    self.vram.within(|| other.drive(self.inbox.has_room(), next));
+                } else {
+                    self.on_message_over(message.tag, Err(error), next);
+                }
+                Ok(())
+            }
+            Event::Failed => {
+                for peer in self.peers.all() {
+                    peer.tell_failure();
+                }
                 Ok(())
             }
             Event::MessageOver { tag, result } => {

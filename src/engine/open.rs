@@ -203,7 +203,7 @@ fn open_rail(
 
 /// An error if no handshake can tell a peer of so many rails.
 fn check_handshake(agent: &[u8], conn_info: &[u8], rails: usize) -> Result<()> {
-    let extension = HandshakeExtension { session: 1, peer_session: 1, answer_wanted: true };
+    let extension = HandshakeExtension { session: 1, peer_session: 1, answer_wanted: true, retired: [1; 2] };
     let (name, conn) = (agent.to_vec(), Some(conn_info.to_vec()));
     Handshake { index: 0, name, conn, extension: Some(extension) }
         .encode()

@@ -10,7 +10,7 @@ use crate::error::{Error, Result, Status};
 use crate::fabric::{RmaList, Way};
 use crate::memory::{Registration, RemoteRegion};
 use crate::peer::Peer;
-use crate::rail::{Event, Tag};
+use crate::rail::{Destination, Event, Tag, Work};
 use crate::transfer::plan::{self, Cutter, Lane};
 use crate::transfer::{Next, Part, Transfer};
 use crate::types::{Op, RailId};
@@ -52,9 +52,28 @@ impl Remote {
     /// Invites rails to its work: the poster's part is over.
     pub fn begin(self: &Arc<Self>, shared: &Shared, events: &mut Vec<Event>) {
         let tag = Arc::clone(self) as Tag;
-        let destination = |endpoint| self.peer.destination(endpoint);
-        self.transfer.launch(&tag, shared.turn(), &shared.local.rails, destination);
-        self.part_over(Ok(()), shared, events);
+        let rails = &shared.local.rails;
+        let launched = self.transfer.launch(&tag, shared.turn(), rails, |lane| self.way(lane, shared));
+        self.part_over(if launched { Ok(()) } else { Err(no_rail(shared)) }, shared, events);
+    }
+
+    /// A lane has left work of the transfer: others take over.
+    pub fn go_on(&self, work: &Arc<Work>, why: Error, shared: &Shared, events: &mut Vec<Event>) {
+        let rails = &shared.local.rails;
+        if !self.transfer.go_on(work, rails, |lane| self.way(lane, shared)) {
+            self.fail(why.context("no other rail is left for it"), events);
+            return;
+        }
+        let room = shared.inbox.has_room();
+        for rail in self.transfer.rails() {
+            shared.vram.within(|| rails[rail.index()].drive(room, events));
+        }
+    }
+
+    /// Where a lane leads, if both its ends work.
+    fn way(&self, lane: Lane, shared: &Shared) -> Option<Destination> {
+        let works = shared.local.rails[lane.rail.index()].failure().is_none();
+        (works && !self.peer.has_retired(lane.endpoint)).then(|| self.peer.destination(lane.endpoint))
     }
 
     /// A part of the post is over: its work, its notification, or what the poster had to do.
@@ -101,6 +120,12 @@ impl Remote {
         }
         Ok(status)
     }
+}
+
+fn no_rail(shared: &Shared) -> Error {
+    let failed = shared.local.rails.iter().find_map(|rail| rail.failure().cloned());
+    let failed = failed.unwrap_or_else(|| Error::backend("the peer says that its devices have failed"));
+    failed.context("no rail is left that reaches this memory")
 }
 
 /// The transfer behind a tag.

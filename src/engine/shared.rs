@@ -72,7 +72,7 @@ impl Shared {
 
     /// Drives the rail of control messages, where something was just left.
     pub fn kick(&self) {
-        self.drive_after([RailId(0)].into_iter(), Vec::new());
+        self.drive_after([self.local.control_rail().id()].into_iter(), Vec::new());
     }
 
     /// Drives these rails once each, on which work was just left, and acts on what happened and on `events`.
@@ -92,8 +92,9 @@ impl Shared {
 
     /// Drives these rails, and the one for control messages, once each.
     pub fn drive_some(&self, rails: impl Iterator<Item = RailId>) -> usize {
-        let others = rails.filter(|rail| rail.index() != 0).map(|rail| &self.local.rails[rail.index()]);
-        self.drive_rails(std::iter::once(&self.local.rails[0]).chain(others))
+        let control = self.local.control_rail();
+        let others = rails.filter(|rail| *rail != control.id()).map(|rail| &self.local.rails[rail.index()]);
+        self.drive_rails(std::iter::once(control).chain(others))
     }
 
     /// Drives these rails once each, and acts on what happened.

@@ -83,6 +83,7 @@ pub struct CompletionError {
     /// Both in words.
     pub text: String,
     disconnect: bool,
+    of_device: bool,
 }
 
 impl CompletionError {
@@ -101,7 +102,13 @@ impl CompletionError {
             Some(remedy) => format!("{text}. {remedy}"),
             None => text,
         };
-        Self { code, prov_code, text, disconnect }
+        let of_device = code == libc::ENODEV || (efa && efa::is_of_device(prov_code));
+        Self { code, prov_code, text, disconnect, of_device }
+    }
+
+    /// Whether the device here has failed, whatever the operation was: nothing more will come of it.
+    pub fn is_of_device(&self) -> bool {
+        self.of_device
     }
 
     /// Whether the peer, or the way to it, is gone.
@@ -286,17 +293,17 @@ impl Endpoint {
         }
     }
 
-    /// Reads events that belong to no operation, and logs them. Says how many of them were errors.
-    pub fn drain_events(&mut self) -> usize {
-        let Some(eq) = self.eq.as_ref().map(super::handle::Handle::as_ptr) else { return 0 };
-        let mut errors = 0;
+    /// Reads events that belong to no operation, and logs them. Gives one that says that the device has failed.
+    pub fn drain_events(&mut self) -> Option<CompletionError> {
+        let eq = self.eq.as_ref().map(super::handle::Handle::as_ptr)?;
+        let mut failure = None;
         for _ in 0..POLL_ENTRIES_MAX {
             let (mut event, mut entry) = (0u32, [0u64; 32]);
             // SAFETY: the queue is open; the buffer is as long as said and larger than any event.
             let status = unsafe {
                 match (*(*eq).ops).read {
                     Some(read) => read(eq, &raw mut event, entry.as_mut_ptr().cast(), size_of_val(&entry), 0),
-                    None => return errors,
+                    None => return failure,
                 }
             };
             if status >= 0 {
@@ -321,9 +328,9 @@ impl Endpoint {
             };
             let error = CompletionError::new(self.is_efa(), entry.err, entry.prov_errno, &words);
             log::error!("{self:?}: the provider reports: {}", error.text);
-            errors += 1;
+            failure = failure.or(Some(error).filter(CompletionError::is_of_device));
         }
-        errors
+        failure
     }
 
     fn is_efa(&self) -> bool {
@@ -368,6 +375,8 @@ mod tests {
         assert!(!CompletionError::new(false, libc::EIO, 15, "").text.contains("security group"));
         assert!(CompletionError::new(false, libc::ECANCELED, libc::ENOTCONN, "").is_disconnect());
         assert!(!CompletionError::new(false, libc::ECANCELED, libc::ECANCELED, "").is_disconnect());
+        assert!(CompletionError::new(true, libc::ECANCELED, 1, "").is_of_device());
+        assert!(!CompletionError::new(false, libc::ECANCELED, 1, "").is_of_device());
         let error = CompletionError::new(false, libc::ECONNRESET, 0, "Connection reset by peer");
         assert_eq!(error.text, "Connection reset by peer (104, provider 0)");
         assert_eq!(Error::from(error).status(), Status::RemoteDisconnect);

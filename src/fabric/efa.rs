@@ -120,6 +120,25 @@ pub fn is_disconnect(prov_code: i32) -> bool {
     )
 }
 
+/// Whether a completion's provider error number says that the queue pair here is in error: the NIC flushes what it holds, or
+/// has failed inside. Nothing else makes these (prov/efa/src/efa_errno.h, 1.22 to 2.6; closing an endpoint drops what it
+/// flushes unseen). The provider listens to none of the device's own events, in all those releases: this is how a NIC's
+/// end is heard of.
+pub fn is_of_device(prov_code: i32) -> bool {
+    matches!(
+        prov_code,
+        1 // flushed
+        | 2 // internal error of the queue pair
+    )
+}
+
+/// Whether closing an endpoint waits for what is in flight on it, without a deadline. The efa fabric waits for everything
+/// up to 2.4 (prov/efa/src/rdm/efa_rdm_ep_fiops.c, `efa_rdm_ep_wait_send`), later for the receipts that it owes; a device
+/// that has failed may complete neither. efa-direct destroys its queue pair at once.
+pub fn close_waits(device: &Device) -> bool {
+    shakes_hands(device)
+}
+
 /// What an operator looks at when packets vanish without an error.
 pub const NETWORK_HELP: &str = "On EFA compare hw_counters/tx_pkts here with rx_pkts there: if the first rises \
      and the second stays, the security group lacks a self-referencing egress rule, or the address is in a secondary VPC CIDR.";

@@ -258,6 +258,19 @@ impl Endpoint {
         }
     }
 
+    /// Closes the endpoint before its time: nothing that is in flight reads or writes memory here any more, or completes.
+    /// What its packets carry may still arrive at the peer, for as long as a packet lives.
+    pub fn shut(&mut self) -> Result<()> {
+        if efa::close_waits(self.domain().device()) {
+            return Err(Error::not_supported("closing it could wait for ever"));
+        }
+        self.ep.close()?;
+        // The provider has no address of a cell, and uses no memory of an operation, any more.
+        self.slots = Slots::new(0, 0);
+        self.shares = Shares::default();
+        Ok(())
+    }
+
     pub(super) fn fid(&self) -> *mut sys::fid {
         self.ep.fid()
     }

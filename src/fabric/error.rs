@@ -33,6 +33,16 @@ impl FabricError {
         if status < 0 { Err(Self::new(call, code_of(status))) } else { Ok(()) }
     }
 
+    /// Whether the device itself has failed.
+    pub fn is_of_device(&self) -> bool {
+        self.code == libc::ENODEV
+    }
+
+    /// Whether the device may have failed: the number names neither the peer, nor the request, nor what cannot be had.
+    pub fn may_be_of_device(&self) -> bool {
+        self.is_of_device() || status_of(self.code) == Status::Backend
+    }
+
     /// The same failure with more words.
     #[must_use]
     pub(super) fn hint(mut self, words: impl fmt::Display) -> Self {

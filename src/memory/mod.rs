@@ -109,6 +109,7 @@ impl Registration {
         memory: Memory,
         dmabuf: Option<&Dmabuf>,
     ) -> Result<Self> {
+        let rails = working(all_rails, rails).map_err(|e| e.context(&memory))?;
         let register = |rail: RailId| {
             let rail = &all_rails[rail.index()];
             let device = rail.device().domain_name();
@@ -276,6 +277,17 @@ impl Registration {
     /// Whether the host has deregistered it.
     pub fn is_retired(&self) -> bool {
         self.uses.is_retired()
+    }
+}
+
+/// Those of these rails that have not failed; an error if all have.
+fn working(all: &[Arc<Rail>], rails: Vec<RailId>) -> Result<Vec<RailId>> {
+    let failure = |rail: &RailId| all[rail.index()].failure();
+    match rails.first().and_then(failure) {
+        Some(error) if rails.iter().all(|rail| failure(rail).is_some()) => {
+            Err(error.clone().context("no rail is left that reaches it"))
+        }
+        _ => Ok(rails.into_iter().filter(|rail| failure(rail).is_none()).collect()),
     }
 }
 

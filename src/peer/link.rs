@@ -72,7 +72,12 @@ impl Link {
     /// What to say about sessions in a handshake of ours.
     pub fn extension(&self) -> HandshakeExtension {
         let peer_session = self.theirs.map_or(0, |t| t.session);
-        HandshakeExtension { session: self.session, peer_session, answer_wanted: !self.confirmed }
+        HandshakeExtension {
+            session: self.session,
+            peer_session,
+            answer_wanted: !self.confirmed,
+            retired: [0; 2],
+        }
     }
 
     /// Takes in the peer's handshake.
@@ -198,7 +203,12 @@ mod tests {
             index: 1,
             name: b"x".to_vec(),
             conn: None,
-            extension: Some(HandshakeExtension { session, peer_session, answer_wanted: true }),
+            extension: Some(HandshakeExtension {
+                session,
+                peer_session,
+                answer_wanted: true,
+                retired: [0; 2],
+            }),
         };
         let mut links = [Link::new(13), Link::new(12)];
         links[0].on_hello(&hello(9, 0));

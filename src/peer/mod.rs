@@ -29,7 +29,7 @@ use crate::notify::{Limits, Receiver, StockIds};
 use crate::rail::{Destination, Rail, Tag};
 use crate::types::{AgentName, PeerId};
 use crate::wire::immediate::STOCK_PEERS_MAX;
-use crate::wire::{Body, ConnectionInfo, Extension, Handshake, Immediate};
+use crate::wire::{Body, ConnectionInfo, Extension, Handshake, HandshakeExtension, Immediate};
 
 /// A hello without an answer is said again after this long.
 const HELLO_AGAIN: Duration = Duration::from_secs(1);
@@ -40,7 +40,7 @@ pub struct Local {
     pub name: AgentName,
     /// Our connection info.
     pub conn_info: Vec<u8>,
-    /// Our rails; the first carries control messages.
+    /// Our rails; peers send control messages to the first.
     pub rails: Vec<Arc<Rail>>,
     /// Sessions given out; only grows, also over restarts.
     pub sessions: AtomicU64,
@@ -57,6 +57,22 @@ pub struct Local {
 }
 
 impl Local {
+    /// The rail that carries control messages: the first that works.
+    pub fn control_rail(&self) -> &Arc<Rail> {
+        self.rails.iter().find(|rail| rail.failure().is_none()).unwrap_or(&self.rails[0])
+    }
+
+    /// The endpoints that peers should not use any more.
+    fn retired(&self) -> [u64; 2] {
+        let mut words = [0; 2];
+        for rail in self.rails.iter().filter(|rail| rail.failure().is_some()) {
+            if let Some(word) = words.get_mut(rail.id().index() / 64) {
+                *word |= 1 << (rail.id().index() % 64);
+            }
+        }
+        words
+    }
+
     fn receive_limits(&self) -> Limits {
         Limits { notif_bytes_max: self.notif_bytes_max, pending_bytes_max: self.pending_bytes_max }
     }
@@ -76,6 +92,8 @@ pub struct Peer {
     session_now: AtomicU64,
     receiver: Mutex<Receiver>,
     pending: Pending,
+    /// Its endpoints that have failed.
+    retired: [AtomicU64; 2],
     /// Hellos that have not left: another one would only stand behind them.
     hellos_unsent: AtomicU32,
     tally: Tally,
@@ -147,6 +165,7 @@ impl Peer {
             }),
             session_now: AtomicU64::new(0),
             pending: Pending::new(local.pending_bytes_max),
+            retired: Default::default(),
             hellos_unsent: AtomicU32::new(0),
             tally: Tally::default(),
             local: Arc::clone(local),
@@ -171,6 +190,23 @@ impl Peer {
     /// One of its endpoints.
     pub fn destination(&self, endpoint: u16) -> Destination {
         self.endpoints[endpoint as usize].clone()
+    }
+
+    /// Whether it said that one of its endpoints has failed.
+    pub fn has_retired(&self, endpoint: u16) -> bool {
+        let word = self.retired.get(endpoint as usize / 64);
+        word.is_some_and(|word| word.load(Ordering::Relaxed) >> (endpoint % 64) & 1 == 1)
+    }
+
+    /// One of our rails has failed: says so, if the peer was greeted at all.
+    pub fn tell_failure(self: &Arc<Self>) {
+        let mut state = self.lock();
+        if state.gone.is_none()
+            && state.hello_at.is_some()
+            && let Err(e) = self.say_hello(&mut state)
+        {
+            log::warn!("{} cannot be told of a rail that has failed: {e}", self.name);
+        }
     }
 
     /// What to remember when the peer is removed; nothing of one that speaks our wire, which answers every hello.
@@ -320,7 +356,7 @@ impl Peer {
             index: self.index,
             name: self.local.name.as_bytes().to_vec(),
             conn: state.link.wants_conn().then(|| self.local.conn_info.clone()),
-            extension: Some(state.link.extension()),
+            extension: Some(HandshakeExtension { retired: self.local.retired(), ..state.link.extension() }),
         }
         .encode()?;
         state.hello_at = Some(Instant::now());
@@ -348,6 +384,11 @@ impl Peer {
                 "{} gives us the index {}, which its wire has no room for",
                 self.name, hello.index
             )));
+        }
+        for (word, said) in self.retired.iter().zip(hello.extension.unwrap_or_default().retired) {
+            if said & !word.fetch_or(said, Ordering::Relaxed) != 0 {
+                log::warn!("devices of {} have failed; nothing more goes to those endpoints", self.name);
+            }
         }
         let mut state = self.lock();
         let reaction = state.link.on_hello(hello);

@@ -48,18 +48,38 @@ impl Outgoing {
 }
 
 /// A message of one fragment.
-struct Single(Option<Vec<u8>>, u32);
+struct Single {
+    message: Vec<u8>,
+    immediate: Immediate,
+    sent: bool,
+}
 
 impl Fragments for Single {
     fn next_fragment(&mut self, fragment: &mut Vec<u8>) -> Option<u32> {
-        *fragment = self.0.take()?;
-        Some(self.1)
+        let sent = std::mem::replace(&mut self.sent, true);
+        (!sent).then(|| {
+            fragment.extend_from_slice(&self.message);
+            self.immediate.encode()
+        })
+    }
+
+    fn begin_anew(&mut self) -> bool {
+        // A hello may come twice.
+        let repeats = matches!(self.immediate, Immediate::StockHandshake { .. });
+        self.sent &= !repeats;
+        repeats
     }
 }
 
 impl Fragments for (FragmentCursor, u32) {
     fn next_fragment(&mut self, fragment: &mut Vec<u8>) -> Option<u32> {
         self.0.next_into(fragment).then_some(self.1)
+    }
+
+    fn begin_anew(&mut self) -> bool {
+        // The receiver knows which numbers it has delivered.
+        self.0.restart();
+        true
     }
 }
 
@@ -147,13 +167,13 @@ impl Peer {
             stock_id: None,
             is_hello: matches!(immediate, Immediate::StockHandshake { .. }),
         };
-        (Box::new(Single(Some(message), immediate.encode())), outgoing)
+        (Box::new(Single { message, immediate, sent: false }), outgoing)
     }
 
     /// Leaves a message for the rail of control messages.
     pub(super) fn hand_over(&self, content: Box<dyn Fragments>, outgoing: Outgoing) {
         let destination = self.destination(0);
-        self.local.rails[0].send(Message { destination, content, tag: Arc::new(outgoing) });
+        self.local.control_rail().send(Message { destination, content, tag: Arc::new(outgoing) });
     }
 
     /// Whether what a message says of its session is of the connection as it is now.

@@ -10,15 +10,17 @@ use std::time::{Duration, Instant};
 use slab::Slab;
 
 use super::destination::{DestinationKey, Destinations};
+use super::failure::Failure;
 use super::message::Messages;
 use super::receive::Receives;
+use super::share::{Fed, Share};
 use super::window::Window;
-use super::work::{Invitation, Work};
+use super::work::Invitation;
 use super::{Command, Counters, Destination, Event, MESSAGE_BYTES_MAX, RailLimits, owner};
 use crate::error::{Error, Result};
 use crate::fabric::{
-    BATCH_WRITES_MAX, Completion, Device, Domain, Endpoint, EndpointOptions, MemoryRegion, Posted, efa,
-    next_key,
+    BATCH_WRITES_MAX, Completion, CompletionError, Device, Domain, Endpoint, EndpointOptions, FabricError,
+    MemoryRegion, Posted, efa, next_key,
 };
 use crate::sync::SegQueue;
 use crate::types::{Op, RailId};
@@ -35,32 +37,6 @@ const POLLS_PER_TURN: usize = 8;
 const QUIET_POLLS_MAX: usize = 4;
 /// How often it is looked at what comes without a completion.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
-
-/// What the rail does of one piece of work. The endpoint knows it by the same number, from the first claim of
-/// operations until none is held any more.
-struct Share {
-    work: Arc<Work>,
-    lane: u16,
-    destination: DestinationKey,
-    shared: bool,
-    /// Operations claimed and not posted.
-    claimed: Range<u32>,
-    /// Operations posted and not settled. The endpoint counts those in flight; of some it may have told already what was
-    /// not looked at yet.
-    posted: u32,
-    /// It stands in the queue of shares with something to claim or to post.
-    queued: bool,
-    fed: Fed,
-}
-
-/// How a share has been supplied with operations.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Fed {
-    NotYet,
-    /// It never ran dry.
-    Enough,
-    RanDry,
-}
 
 enum Turn {
     /// Nothing is left to post, for now or for good.
@@ -82,19 +58,19 @@ enum Claim {
 
 pub(super) struct Core {
     // Closed before anything that its operations refer to.
-    endpoint: Endpoint,
-    id: RailId,
-    limits: RailLimits,
+    pub(super) endpoint: Endpoint,
+    pub(super) id: RailId,
+    pub(super) limits: RailLimits,
     counters: Counters,
     /// See [`has_news`](Self::has_news).
     news: bool,
     receives: Receives,
-    messages: Messages,
-    destinations: Destinations,
+    pub(super) messages: Messages,
+    pub(super) destinations: Destinations,
     window: Window,
-    shares: Slab<Share>,
+    pub(super) shares: Slab<Share>,
     /// Shares with something to claim or to post.
-    turns: VecDeque<usize>,
+    pub(super) turns: VecDeque<usize>,
     completions: Vec<Completion>,
     /// Whether several writes may share a doorbell, to peers that have been reached.
     batches: bool,
@@ -104,14 +80,18 @@ pub(super) struct Core {
     keeps_messages: bool,
     /// Whether the provider shakes hands with a peer before it moves data, and says nothing if it gets no answer.
     shakes_hands: bool,
+    /// Whether everything that completes has arrived, however it was asked for.
+    pub(super) completions_confirm: bool,
+    /// Posts refused in a row.
+    pub(super) refusals: u32,
     /// The time at the start of this turn.
-    now: Instant,
+    pub(super) now: Instant,
     /// When it was last looked for peers that never answer.
     looked: Instant,
     /// Since when a batch is open.
     open_since: Option<Instant>,
-    /// Why the rail no longer works.
-    broken: Option<Error>,
+    /// The rail no longer works.
+    pub(super) failure: Option<Failure>,
 }
 
 impl owner::Core for Core {
@@ -156,6 +136,7 @@ impl Core {
         )?;
         let mut receives = Receives::new(domain, limits.receive_buffers, MESSAGE_BYTES_MAX, next_key())?;
         let messages = Messages::new(
+            id,
             domain,
             limits.send_buffers,
             limits.receive_buffers,
@@ -170,6 +151,8 @@ impl Core {
             batches,
             quiet_polls_max: if efa::is_efa(device.provider()) { 1 } else { QUIET_POLLS_MAX },
             keeps_messages: efa::keeps_messages(device),
+            completions_confirm: !device.orders_writes(),
+            refusals: 0,
             shakes_hands: efa::shakes_hands(device),
             endpoint,
             id,
@@ -186,7 +169,7 @@ impl Core {
             now: Instant::now(),
             looked: Instant::now(),
             open_since: None,
-            broken: None,
+            failure: None,
         })
     }
 
@@ -222,7 +205,10 @@ impl Core {
     }
 
     pub fn try_wait(&mut self) -> bool {
-        !owner::Core::has_backlog(self) && self.endpoint.try_wait()
+        if owner::Core::has_backlog(self) {
+            return false;
+        }
+        if self.failure.is_some() { owner::Core::is_idle(self) } else { self.endpoint.try_wait() }
     }
 
     /// One turn: new work, completions, receives, messages, shares. Appends what happened that concerns others, and
@@ -230,11 +216,14 @@ impl Core {
     pub fn drive(&mut self, inbox: &SegQueue<Command>, room: bool, events: &mut Vec<Event>) -> usize {
         self.now = Instant::now();
         let mut handled = self.take_in(inbox, events);
+        if self.failure.is_some() {
+            return handled + self.wind_down(events);
+        }
         if !self.close_batch(events) {
             return handled;
         }
         handled += self.poll(room, events);
-        if self.broken.is_none() {
+        if self.failure.is_none() {
             handled += self.messages.post(
                 &mut self.endpoint,
                 &mut self.destinations,
@@ -245,7 +234,7 @@ impl Core {
             handled += self.post_shares(events);
             self.look_around(events);
         }
-        if cfg!(debug_assertions) && self.broken.is_none() {
+        if cfg!(debug_assertions) && self.failure.is_none() {
             self.check_counts();
         }
         handled
@@ -262,8 +251,19 @@ impl Core {
                     events.push(Event::Admitted { tag });
                     handled += 1;
                 }
+                Command::Work(Invitation { work, lane, .. }) if self.failure.is_some() => {
+                    if let Some(error) = self.failure().cloned().filter(|_| work.give_back(lane, None, 0)) {
+                        events.push(Event::WorkLeft { work, error });
+                    }
+                }
+                Command::Message(message) if self.failure.is_some() => {
+                    let error = self.failure().cloned().expect("it was just looked at");
+                    events.push(Event::MessageReturned { message, rail: self.id, error });
+                }
                 Command::Work(invitation) => match self.acquire(&invitation.destination) {
-                    Ok(destination) => self.take_share(invitation, destination),
+                    Ok(destination) => {
+                        self.turns.push_back(self.shares.insert(Share::new(invitation, destination)));
+                    }
                     Err(e) => invitation.work.fail(e, events),
                 },
                 Command::Message(message) => match self.acquire(&message.destination) {
@@ -282,14 +282,11 @@ impl Core {
     }
 
     fn acquire(&mut self, destination: &Destination) -> Result<DestinationKey> {
-        match &self.broken {
-            Some(e) => Err(e.clone()),
-            None => self.destinations.acquire(destination, &mut self.endpoint),
-        }
+        self.destinations.acquire(destination, &mut self.endpoint)
     }
 
     fn admit(&mut self, endpoints: &[Destination]) {
-        for endpoint in endpoints {
+        for endpoint in endpoints.iter().filter(|_| self.failure.is_none()) {
             match self.destinations.acquire(endpoint, &mut self.endpoint) {
                 Ok(key) => self.destinations.release(key),
                 Err(e) => log::warn!("rail {}: an endpoint of a peer cannot be made known: {e}", self.id),
@@ -297,34 +294,21 @@ impl Core {
         }
     }
 
-    fn take_share(&mut self, invitation: Invitation, destination: DestinationKey) {
-        let Invitation { work, lane, shared, .. } = invitation;
-        let share = Share {
-            work,
-            lane,
-            destination,
-            shared,
-            claimed: 0..0,
-            posted: 0,
-            queued: true,
-            fed: Fed::NotYet,
-        };
-        self.turns.push_back(self.shares.insert(share));
-    }
-
     /// Takes completions and, with `room`, gives the NIC back the receives that they used.
     ///
     /// A user who never takes notifications is met by senders who wait, not by memory that fills up: where the provider
     /// would keep what no receive is posted for, it is not polled without one, so that its NIC runs out of buffers, too.
-    fn poll(&mut self, room: bool, events: &mut Vec<Event>) -> usize {
+    pub(super) fn poll(&mut self, room: bool, events: &mut Vec<Event>) -> usize {
         let mut handled = 0;
         for turn in 1..=POLLS_PER_TURN {
-            if room && let Err(e) = self.receives.post(&mut self.endpoint) {
-                self.break_down(e, events);
-                return handled;
-            }
-            if self.keeps_messages && self.receives.are_used_up() {
-                return handled;
+            if self.failure.is_none() {
+                if room && let Err(e) = self.receives.post(&mut self.endpoint) {
+                    self.fail(&e, events);
+                    return handled;
+                }
+                if self.keeps_messages && self.receives.are_used_up() {
+                    return handled;
+                }
             }
             let mut completions = std::mem::take(&mut self.completions);
             let outcome = self.endpoint.poll(&mut completions);
@@ -336,7 +320,7 @@ impl Core {
                 Ok(0) if handled > 0 || turn >= self.quiet_polls_max => break,
                 Ok(count) => handled += count,
                 Err(e) => {
-                    self.break_down(e, events);
+                    self.break_down(&e, events);
                     return handled;
                 }
             }
@@ -348,10 +332,14 @@ impl Core {
         match completion {
             Completion::Moved { share, count, bytes } => self.moved(share, count, bytes, events),
             Completion::MoveFailed { share, bytes, error } => {
+                self.blame(&error, events);
                 self.move_failed(share, bytes, Error::from(*error), events);
             }
             Completion::Sent { buffer, error } => {
                 self.counters.messages_sent += 1;
+                if let Some(error) = &error {
+                    self.blame(error, events);
+                }
                 let error = error.map(|e| Error::from(*e));
                 self.counters.errors.sends += u64::from(error.is_some());
                 self.messages.complete(buffer, error, &mut self.destinations, self.now, events);
@@ -364,6 +352,7 @@ impl Core {
             Completion::ReceiveFailed { buffer, error } => {
                 // The buffer goes back into the ring all the same: a ring that shrinks ends in silence.
                 self.counters.errors.receives += 1;
+                self.blame(&error, events);
                 log::warn!("rail {}: a receive failed: {}", self.id, error.text);
                 self.receives.recycle(buffer);
             }
@@ -378,6 +367,13 @@ impl Core {
                 self.counters.errors.remote += 1;
                 log::warn!("rail {}: an operation of a peer failed here: {}", self.id, error.text);
             }
+        }
+    }
+
+    /// Fails the rail for an error that is the device's own.
+    fn blame(&mut self, error: &CompletionError, events: &mut Vec<Event>) {
+        if error.is_of_device() && self.failure.is_none() {
+            self.fail(&error.text, events);
         }
     }
 
@@ -401,36 +397,59 @@ impl Core {
             Op::Write => self.counters.errors.writes += 1,
             Op::Read => self.counters.errors.reads += 1,
         }
-        self.destinations.get(share.destination).completed(Some(&error), self.now);
-        let work = Arc::clone(&share.work);
-        // Other rails may go on with theirs; what is in flight here settles as it completes.
-        work.fail(error, events);
-        self.settled(key as usize, 1, bytes, events);
+        // A device that has failed says nothing of its peers.
+        if self.failure.is_none() {
+            self.destinations.get(share.destination).completed(Some(&error), self.now);
+            let work = Arc::clone(&share.work);
+            // Other rails may go on with theirs; what is in flight here settles as it completes.
+            work.fail(error, events);
+            self.settled(key as usize, 1, bytes, events);
+        } else {
+            self.completed(key as usize, 1, bytes);
+            self.given_up();
+        }
     }
 
-    /// Operations of a share are over.
+    /// Operations of a share are over, and done unless their work has failed.
     fn settled(&mut self, key: usize, count: u32, bytes: u64, events: &mut Vec<Event>) {
+        self.completed(key, count, bytes);
+        let share = &mut self.shares[key];
+        share.held.settled += count;
+        if share.is_empty() && share.leaving.is_none() {
+            // Before the work is said to be over: the host may then take its memory back.
+            self.endpoint.end(key as u32);
+            share.held.clear();
+        }
+        let work = Arc::clone(&share.work);
+        let over = work.settle(count);
+        if share.posted == 0 && !share.queued {
+            self.end_share(key, events);
+        }
+        if over {
+            events.push(Event::WorkOver { work });
+        }
+    }
+
+    /// Operations of a share are no longer in flight.
+    fn completed(&mut self, key: usize, count: u32, bytes: u64) {
         let share = &mut self.shares[key];
         share.posted -= count;
         if share.shared {
             self.window.settled(count, bytes);
         }
-        let posted = share.posted;
-        if posted == 0 && share.claimed.is_empty() {
-            // Before the work is said to be over: the host may then take its memory back.
-            self.endpoint.end(key as u32);
-        }
-        let work = Arc::clone(&share.work);
-        if posted == 0 && !share.queued {
+    }
+
+    /// Nothing of a share is in flight, and it has nothing to post.
+    fn end_share(&mut self, key: usize, events: &mut Vec<Event>) {
+        if self.shares[key].leaving.is_none() {
             self.remove_share(key);
-        }
-        if work.settle(count) {
-            events.push(Event::WorkOver { work });
+        } else if self.failure.is_none() {
+            self.leave(key, events);
         }
     }
 
     /// Takes out a share that holds nothing.
-    fn remove_share(&mut self, key: usize) {
+    pub(super) fn remove_share(&mut self, key: usize) {
         let share = self.shares.remove(key);
         if share.shared && share.fed == Fed::Enough {
             self.window.sufficed();
@@ -444,6 +463,9 @@ impl Core {
         for _ in 0..self.turns.len() {
             let Some(key) = self.turns.pop_front() else { break };
             let turn = self.post_share(key, &mut posted, events);
+            if self.failure.is_some() {
+                break;
+            }
             if self.endpoint.open_batch().is_some() {
                 self.turns.push_back(key);
                 break;
@@ -452,7 +474,7 @@ impl Core {
                 Turn::Rests => {
                     self.shares[key].queued = false;
                     if self.shares[key].posted == 0 {
-                        self.remove_share(key);
+                        self.end_share(key, events);
                     }
                 }
                 Turn::Yielded => self.turns.push_back(key),
@@ -469,6 +491,9 @@ impl Core {
         let mut left = self.limits.batch_slices;
         while left > 0 {
             let share = &mut self.shares[key];
+            if share.leaving.is_some() {
+                return Turn::Rests;
+            }
             if share.work.is_stopped() {
                 self.give_up(key, events);
                 return Turn::Rests;
@@ -497,10 +522,7 @@ impl Core {
                 Ok(0) => return Turn::Blocked,
                 Ok(done) => left -= done,
                 Err(error) => {
-                    self.shares[key].work.fail(error, events);
-                    if self.endpoint.open_batch().is_none() {
-                        self.give_up(key, events);
-                    }
+                    self.refused(key, error, events);
                     return Turn::Rests;
                 }
             }
@@ -519,6 +541,7 @@ impl Core {
             (operations, bytes) = (operations.min(window_operations), window_bytes);
         }
         let Some((list, claimed)) = share.work.claim(operations, bytes) else { return Claim::NothingLeft };
+        share.held.claimed(&claimed);
         share.claimed = claimed;
         if share.fed == Fed::NotYet {
             share.fed = Fed::Enough;
@@ -539,12 +562,19 @@ impl Core {
     }
 
     /// Posts the next `count` operations that were claimed; gives how many went through.
-    fn post_claimed(&mut self, key: usize, count: u32, batch: bool, posted: &mut usize) -> Result<u32> {
+    fn post_claimed(
+        &mut self,
+        key: usize,
+        count: u32,
+        batch: bool,
+        posted: &mut usize,
+    ) -> std::result::Result<u32, FabricError> {
         let share = &mut self.shares[key];
         let Range { start, end } = share.claimed;
         let outcome =
             self.endpoint.post_slices(key as u32, share.work.op(), start..start + count, end, batch);
         if outcome.count > 0 {
+            self.refusals = 0;
             share.claimed.start += outcome.count;
             share.posted += outcome.count;
             if share.shared {
@@ -554,7 +584,7 @@ impl Core {
             *posted += outcome.count as usize;
         }
         match outcome.stopped {
-            Some(Err(e)) => Err(e.into()),
+            Some(Err(e)) => Err(e),
             Some(Ok(Posted::Again)) => {
                 self.counters.again += 1;
                 self.news = true;
@@ -569,6 +599,7 @@ impl Core {
         let share = &mut self.shares[key];
         let count = share.claimed.len() as u32;
         share.claimed = 0..0;
+        share.held.settled += count;
         if share.posted == 0 {
             self.endpoint.end(key as u32);
         }
@@ -590,19 +621,18 @@ impl Core {
                 Ok(0) if self.now.duration_since(since) < self.limits.stall_timeout => return false,
                 Ok(0) => break,
                 Ok(_) => return true,
-                // Its work has failed already; the next one may ring.
-                Err(_) => {
-                    let share = &mut self.shares[key as usize];
+                // It goes back to its work with all that the share holds; the next one may ring.
+                Err(error) => {
+                    self.refused(key as usize, error, events);
+                    let Some(share) = self.shares.get_mut(key as usize).filter(|_| self.failure.is_none())
+                    else {
+                        return false;
+                    };
                     share.claimed.start += 1;
-                    share.posted += 1;
-                    if share.shared {
-                        self.window.posted(1, 0);
-                    }
-                    self.settled(key as usize, 1, 0, events);
                 }
             }
         }
-        self.break_down(Error::backend("writes that were batched cannot be handed to the NIC"), events);
+        self.break_down(&"writes that were batched cannot be handed to the NIC", events);
         false
     }
 
@@ -624,7 +654,9 @@ impl Core {
             return;
         }
         self.looked = self.now;
-        self.endpoint.drain_events();
+        if let Some(error) = self.endpoint.drain_events() {
+            self.blame(&error, events);
+        }
         if !self.shakes_hands {
             return;
         }
@@ -641,30 +673,5 @@ impl Core {
                 share.work.fail(error, events);
             }
         }
-    }
-
-    /// The queue itself failed: nothing more will be heard of what is in flight, so all of it ends now.
-    fn break_down(&mut self, error: impl Into<Error>, events: &mut Vec<Event>) {
-        if self.broken.is_some() {
-            return;
-        }
-        let error: Error = error.into().context(format_args!("rail {} broke down", self.id));
-        log::error!("{error}; its transfers fail, restart the process to use the device again");
-        self.end_all(&error, events);
-    }
-
-    /// Ends every share and message with this error, and refuses more.
-    pub fn end_all(&mut self, error: &Error, events: &mut Vec<Event>) {
-        self.turns.clear();
-        for (key, share) in std::mem::take(&mut self.shares) {
-            let held = share.claimed.len() as u32 + share.posted;
-            self.endpoint.end(key as u32);
-            share.work.fail(error.clone(), events);
-            if share.work.settle(held) {
-                events.push(Event::WorkOver { work: share.work });
-            }
-        }
-        self.messages.fail_all(error, events);
-        self.broken = Some(error.clone());
     }
 }

@@ -14,12 +14,32 @@ use super::work::Tag;
 use super::{Destination, Event, MESSAGE_BYTES_MAX};
 use crate::error::{Error, Result};
 use crate::fabric::{Domain, Endpoint, Posted, RegisteredBuffer, Send as SendArgs};
+use crate::types::RailId;
 
 /// The content of a control message.
 pub trait Fragments: Send {
     /// Appends the next fragment, at most [`MESSAGE_BYTES_MAX`] bytes, to the empty `fragment` and returns its
     /// immediate data; `None` when the message is complete.
     fn next_fragment(&mut self, fragment: &mut Vec<u8>) -> Option<u32>;
+
+    /// Begins anew, if the receiver minds nothing that comes twice. Says whether it did.
+    fn begin_anew(&mut self) -> bool {
+        false
+    }
+}
+
+/// A message of which a fragment has been cut and not sent.
+struct Resumed {
+    first: Option<(Vec<u8>, u32)>,
+    rest: Box<dyn Fragments>,
+}
+
+impl Fragments for Resumed {
+    fn next_fragment(&mut self, fragment: &mut Vec<u8>) -> Option<u32> {
+        let Some((bytes, immediate)) = self.first.take() else { return self.rest.next_fragment(fragment) };
+        *fragment = bytes;
+        Some(immediate)
+    }
 }
 
 /// A control message for one destination.
@@ -33,7 +53,8 @@ pub struct Message {
 }
 
 impl Message {
-    pub(super) fn over(self, result: Result<()>) -> Event {
+    /// The event of its end.
+    pub fn over(self, result: Result<()>) -> Event {
         Event::MessageOver { tag: self.tag, result }
     }
 }
@@ -44,6 +65,8 @@ struct Active {
     destination: DestinationKey,
     /// Fragments in flight.
     outstanding: u32,
+    /// Something of it has left.
+    begun: bool,
     /// No fragment is left to be cut.
     exhausted: bool,
     error: Option<Error>,
@@ -53,6 +76,12 @@ struct Active {
 }
 
 impl Active {
+    /// Nothing of it has left, and may go over another rail.
+    fn returned(self, rail: RailId, destination: Destination, error: Error) -> Event {
+        let content = Box::new(Resumed { first: self.put_off, rest: self.content });
+        Event::MessageReturned { message: Message { destination, content, tag: self.tag }, rail, error }
+    }
+
     fn over(self, result: Result<()>) -> Event {
         Event::MessageOver { tag: self.tag, result }
     }
@@ -76,6 +105,7 @@ enum Turn {
 }
 
 pub(super) struct Messages {
+    rail: RailId,
     buffer: RegisteredBuffer,
     context_base: u32,
     free: Vec<u32>,
@@ -90,6 +120,7 @@ pub(super) struct Messages {
 
 impl Messages {
     pub fn new(
+        rail: RailId,
         domain: &Arc<Domain>,
         count: u32,
         context_base: u32,
@@ -97,6 +128,7 @@ impl Messages {
         numbered: bool,
     ) -> Result<Self> {
         Ok(Self {
+            rail,
             numbered,
             buffer: RegisteredBuffer::new(domain, count as usize * MESSAGE_BYTES_MAX, key)?,
             context_base,
@@ -157,6 +189,7 @@ impl Messages {
             tag: message.tag,
             destination,
             outstanding: 0,
+            begun: false,
             exhausted: false,
             error: None,
             put_off: None,
@@ -231,12 +264,21 @@ impl Messages {
                 Ok(Posted::Yes) => {
                     self.free.pop();
                     message.outstanding += 1;
+                    message.begun = true;
                     self.in_flight[buffer as usize] = Slot::Of(key);
                     *posted += 1;
                 }
                 Ok(Posted::Again) => {
                     message.put_off = Some((self.scratch.clone(), immediate));
                     return Turn::Blocked;
+                }
+                Err(e) if !message.begun && e.may_be_of_device() => {
+                    message.put_off = Some((self.scratch.clone(), immediate));
+                    let message = self.active.remove(key);
+                    self.queues.get_mut(&destination).expect("it was just read").pop_front();
+                    let to = destinations.get(destination).name.clone();
+                    destinations.release(destination);
+                    events.push(message.returned(self.rail, to, e.into()));
                 }
                 Err(e) => {
                     message.exhausted = true;
@@ -365,6 +407,33 @@ impl Messages {
         destinations.release(message.destination);
         let result = message.error.take().map_or(Ok(()), Err);
         events.push(message.over(result));
+    }
+
+    /// The rail has failed: gives messages back of which nothing has left, and those that may come twice. Others end with
+    /// this error, because nobody knows whether they arrived.
+    pub fn hand_back(&mut self, error: &Error, destinations: &mut Destinations, events: &mut Vec<Event>) {
+        self.turns.clear();
+        self.queues.clear();
+        for slot in &mut self.in_flight {
+            if let Slot::Of(key) = *slot {
+                let destination = self.active[key].destination;
+                destinations.get(destination).users += 1;
+                *slot = Slot::Abandoned(destination);
+            }
+        }
+        for mut message in self.active.drain() {
+            let to = destinations.get(message.destination).name.clone();
+            destinations.release(message.destination);
+            let anew = message.begun && message.content.begin_anew();
+            if anew {
+                message.put_off = None;
+            }
+            events.push(if message.begun && !anew {
+                message.over(Err(error.clone()))
+            } else {
+                message.returned(self.rail, to, error.clone())
+            });
+        }
     }
 
     /// Ends every message; nothing more will be heard of what is in flight.

@@ -10,14 +10,16 @@
 
 mod core;
 mod destination;
+mod failure;
 mod message;
 mod owner;
 mod receive;
+mod share;
 mod window;
 mod work;
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use self::core::Core;
@@ -44,6 +46,24 @@ pub enum Event {
         /// The work.
         work: Arc<Work>,
     },
+    /// A lane of a piece of work can do no more of it. What it had claimed may be claimed anew.
+    WorkLeft {
+        /// The work.
+        work: Arc<Work>,
+        /// Why.
+        error: Error,
+    },
+    /// The rail does not take a message, of which nothing has left.
+    MessageReturned {
+        /// The message.
+        message: Message,
+        /// The rail.
+        rail: RailId,
+        /// Why not.
+        error: Error,
+    },
+    /// The rail has failed: see [`Rail::failure`].
+    Failed,
     /// Every fragment of a message has left, or one could not.
     MessageOver {
         /// Whose it was.
@@ -184,6 +204,7 @@ pub struct Rail {
     reaches_gpus: bool,
     /// As the last owner left them.
     counters: Mutex<Counters>,
+    failure: OnceLock<Error>,
     owner: Owner<Core, Command>,
 }
 
@@ -209,6 +230,7 @@ impl Rail {
             wait_fd: core.wait_fd(),
             reaches_gpus: core.reaches_gpus(),
             counters: Mutex::default(),
+            failure: OnceLock::new(),
             owner: Owner::new(core),
         })
     }
@@ -231,6 +253,11 @@ impl Rail {
     /// The endpoint's address as peers need it.
     pub fn endpoint_name(&self) -> &[u8] {
         &self.endpoint_name
+    }
+
+    /// Why the rail is out of use for good, if it is.
+    pub fn failure(&self) -> Option<&Error> {
+        self.failure.get()
     }
 
     /// What it has done.
@@ -280,6 +307,9 @@ impl Rail {
             let done = core.drive(inbox, room, events);
             if done > 0 || core.has_news() {
                 *self.counters.lock().unwrap_or_else(PoisonError::into_inner) = core.counters();
+            }
+            if let Some(failure) = core.failure() {
+                self.failure.get_or_init(|| failure.clone());
             }
             handled += done;
         });

@@ -32,6 +32,10 @@ struct Claims {
     list: Option<Arc<RmaList>>,
     /// Operations from here on are nobody's yet.
     next: u32,
+    /// Operations before that which are nobody's again.
+    returned: Vec<Range<u32>>,
+    /// Lanes that have returned theirs.
+    left: Vec<u16>,
     error: Option<Error>,
 }
 
@@ -45,7 +49,13 @@ impl Work {
             bytes: list.bytes(),
             settled: AtomicU32::new(0),
             stopped: AtomicBool::new(false),
-            claims: Mutex::new(Claims { list: Some(list), next: 0, error: None }),
+            claims: Mutex::new(Claims {
+                list: Some(list),
+                next: 0,
+                returned: Vec::new(),
+                left: Vec::new(),
+                error: None,
+            }),
             tag,
         })
     }
@@ -87,9 +97,10 @@ impl Work {
         self.stopped.store(true, Ordering::Relaxed);
         let unclaimed = {
             let mut claims = self.lock();
+            let returned: usize = claims.returned.drain(..).map(|range| range.len()).sum();
             let unclaimed = self.len - claims.next;
             claims.next = self.len;
-            unclaimed
+            unclaimed + returned as u32
         };
         self.settle(unclaimed)
     }
@@ -115,9 +126,10 @@ impl Work {
     /// Takes operations: of `operations_max` at the most, as many as have `bytes_max`, but one at least.
     pub(super) fn claim(&self, operations_max: u32, bytes_max: u64) -> Option<(Arc<RmaList>, Range<u32>)> {
         let mut claims = self.lock();
-        let start = claims.next;
         let list = claims.list.clone()?;
-        let most = start.saturating_add(operations_max).min(self.len);
+        let Range { start, end: limit } =
+            if claims.next < self.len { claims.next..self.len } else { claims.returned.pop()? };
+        let most = start.saturating_add(operations_max).min(limit);
         let mut bytes = 0;
         let end = (start..most)
             .find(|&index| {
@@ -125,8 +137,42 @@ impl Work {
                 bytes > bytes_max && index > start
             })
             .unwrap_or(most);
-        claims.next = end;
+        if claims.next < self.len {
+            claims.next = end;
+        } else if end < limit {
+            claims.returned.push(end..limit);
+        }
         (end > start).then_some((list, start..end))
+    }
+
+    /// A lane leaves: what it has claimed and what is not all known to be done is nobody's again. `settled` of that were
+    /// said to be settled, not all. False if the work was stopped: then what is not settled has to be.
+    pub(super) fn give_back(
+        &self,
+        lane: u16,
+        ranges: impl IntoIterator<Item = Range<u32>>,
+        settled: u32,
+    ) -> bool {
+        let mut claims = self.lock();
+        if self.is_stopped() {
+            return false;
+        }
+        claims.returned.extend(ranges);
+        claims.left.push(lane);
+        // Under the lock: whoever stops the work comes before, and is seen, or settles what was returned.
+        self.settled.fetch_sub(settled, Ordering::AcqRel);
+        true
+    }
+
+    /// Whether there is something to claim, now that a lane has left.
+    pub fn wants_rails(&self) -> bool {
+        let claims = self.lock();
+        claims.list.is_some() && (claims.next < self.len || !claims.returned.is_empty())
+    }
+
+    /// Whether a lane has left the work.
+    pub fn was_left_by(&self, lane: u16) -> bool {
+        self.lock().left.contains(&lane)
     }
 
     /// Operations that were claimed are over. Whether that is the end of the work; then whoever is told so says it on.

@@ -127,14 +127,16 @@ impl Transfer {
     }
 
     /// Invites rails to the work of a post: as many as it deserves, beginning at a place that `turn` decides. `tag` comes back
-    /// when a part of it is over.
+    /// when a part of it is over. `way` tells where a lane leads, if it can be used. False if there is work that no lane
+    /// can be used for.
+    #[must_use]
     pub fn launch(
         &self,
         tag: &Tag,
         turn: usize,
         rails: &[Arc<Rail>],
-        destination: impl Fn(u16) -> Destination,
-    ) {
+        way: impl Fn(Lane) -> Option<Destination>,
+    ) -> bool {
         // While the post is in use of its registrations, their regions stay.
         let lists = self.lists.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let works: Vec<_> = lists.into_iter().map(|list| Work::new(self.op, list, Arc::clone(tag))).collect();
@@ -142,24 +144,30 @@ impl Transfer {
             // Under the lock: who fails the post stops all of it, or comes before and nothing is begun.
             let mut post = self.lock();
             if self.state.is_stopped() {
-                return;
+                return true;
             }
             self.parts.fetch_add(works.len() as u32, Ordering::Relaxed);
             post.works.clone_from(&works);
         }
-        for (lanes, work) in self.lanes.iter().zip(works) {
+        self.lanes.iter().zip(works).all(|(lanes, work)| {
             let count = plan::rails_worth(work.len() as usize, work.bytes(), lanes.all.len());
-            let first = turn % lanes.all.len();
-            lanes.invited.store((first as u64) << 32 | count as u64, Ordering::Relaxed);
-            for (index, lane) in lanes.invited() {
-                rails[lane.rail.index()].invite(Invitation {
-                    work: Arc::clone(&work),
-                    lane: index as u16,
-                    destination: destination(lane.endpoint),
-                    shared: count > 1,
-                });
-            }
-        }
+            lanes.invite(&work, turn % lanes.all.len(), count, rails, |_, lane| way(lane))
+        })
+    }
+
+    /// Invites other lanes to work that one has left, as [`launch`](Self::launch) does. False if none is left.
+    #[must_use]
+    pub fn go_on(
+        &self,
+        work: &Arc<Work>,
+        rails: &[Arc<Rail>],
+        way: impl Fn(Lane) -> Option<Destination>,
+    ) -> bool {
+        let set = self.lock().works.iter().position(|known| Arc::ptr_eq(known, work));
+        let Some(lanes) = set.map(|set| &self.lanes[set]).filter(|_| work.wants_rails()) else { return true };
+        lanes.invite(work, 0, lanes.all.len(), rails, |index, lane| {
+            way(lane).filter(|_| !work.was_left_by(index))
+        })
     }
 
     /// The rails that the last post took.
@@ -240,6 +248,34 @@ impl Transfer {
 }
 
 impl Lanes {
+    /// Invites `count` lanes, from `first` on, that can be used. Whether there was one.
+    fn invite(
+        &self,
+        work: &Arc<Work>,
+        first: usize,
+        count: usize,
+        rails: &[Arc<Rail>],
+        way: impl Fn(u16, Lane) -> Option<Destination>,
+    ) -> bool {
+        let (mut invited, mut looked_at) = (0, 0);
+        while invited < count && looked_at < self.all.len() {
+            let index = (first + looked_at) % self.all.len();
+            let lane = self.all[index];
+            looked_at += 1;
+            let Some(destination) = way(index as u16, lane) else { continue };
+            invited += 1;
+            let (work, lane_index) = (Arc::clone(work), index as u16);
+            rails[lane.rail.index()].invite(Invitation {
+                work,
+                lane: lane_index,
+                destination,
+                shared: count > 1,
+            });
+        }
+        self.invited.store((first as u64) << 32 | looked_at as u64, Ordering::Relaxed);
+        invited > 0
+    }
+
     /// The lanes that the last post took, with their places.
     fn invited(&self) -> impl Iterator<Item = (usize, Lane)> + '_ {
         let invited = self.invited.load(Ordering::Relaxed);

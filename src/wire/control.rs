@@ -152,6 +152,11 @@ impl FragmentCursor {
         self.message.len().div_ceil(self.capacity).max(1)
     }
 
+    /// Begins again with the first fragment.
+    pub fn restart(&mut self) {
+        self.next = Some(0);
+    }
+
     /// Clears `out` and writes the next fragment into it; `false` when there is none.
     pub fn next_into(&mut self, out: &mut Vec<u8>) -> bool {
         out.clear();

@@ -27,7 +27,7 @@ pub struct Handshake {
 }
 
 /// Our addition to the handshake. WIRE.md, "Extension of the handshake".
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct HandshakeExtension {
     /// The sender's number for this connection, never 0 and never used before with this receiver. Everything that
     /// the sender counts for the receiver (transfer ids, message ids) starts anew with it.
@@ -36,20 +36,25 @@ pub struct HandshakeExtension {
     pub peer_session: u64,
     /// The sender waits for a handshake in return.
     pub answer_wanted: bool,
+    /// Endpoints of the sender that have failed: number `i` is bit `i % 64` of word `i / 64`. An agent has no more than
+    /// 128 whose names fit into a handshake.
+    pub retired: [u64; 2],
 }
 
 impl HandshakeExtension {
     const VERSION: u16 = 1;
     const ANSWER_WANTED: u16 = 1 << 0;
-    const BYTES: usize = 20;
 
-    fn encode(self) -> [u8; Self::BYTES] {
-        let mut out = [0; Self::BYTES];
+    fn encode(self) -> Vec<u8> {
         let flags = if self.answer_wanted { Self::ANSWER_WANTED } else { 0 };
-        out[0..2].copy_from_slice(&Self::VERSION.to_le_bytes());
-        out[2..4].copy_from_slice(&flags.to_le_bytes());
-        out[4..12].copy_from_slice(&self.session.to_le_bytes());
-        out[12..20].copy_from_slice(&self.peer_session.to_le_bytes());
+        let mut out = Vec::new();
+        out.extend_from_slice(&Self::VERSION.to_le_bytes());
+        out.extend_from_slice(&flags.to_le_bytes());
+        out.extend_from_slice(&self.session.to_le_bytes());
+        out.extend_from_slice(&self.peer_session.to_le_bytes());
+        if self.retired != [0; 2] {
+            out.extend(self.retired.iter().flat_map(|word| word.to_le_bytes()));
+        }
         out
     }
 
@@ -66,7 +71,8 @@ impl HandshakeExtension {
         if session == 0 {
             return Err(malformed("the extension of the handshake has session 0"));
         }
-        Ok(Some(Self { session, peer_session, answer_wanted: flags & Self::ANSWER_WANTED != 0 }))
+        let retired = [(); 2].map(|()| input.take().map_or(0, u64::from_le_bytes));
+        Ok(Some(Self { session, peer_session, answer_wanted: flags & Self::ANSWER_WANTED != 0, retired }))
     }
 }
 

@@ -59,10 +59,10 @@ proptest! {
         index: u16,
         name in vec(any::<u8>(), 1..100),
         conn in proptest::option::of(vec(any::<u8>(), 1..4000)),
-        ext in proptest::option::of((1u64.., any::<u64>(), any::<bool>())),
+        ext in proptest::option::of((1u64.., any::<u64>(), any::<bool>(), any::<[u64; 2]>())),
     ) {
-        let extension = ext.map(|(session, peer_session, answer_wanted)| {
-            HandshakeExtension { session, peer_session, answer_wanted }
+        let extension = ext.map(|(session, peer_session, answer_wanted, retired)| {
+            HandshakeExtension { session, peer_session, answer_wanted, retired }
         });
         let handshake = Handshake { index, name, conn, extension };
         prop_assert_eq!(Handshake::decode(&handshake.encode().unwrap()).unwrap(), handshake);
@@ -140,7 +140,7 @@ proptest! {
         cut: proptest::sample::Index,
     ) {
         let conn = ConnectionInfo { endpoints: names, extension: Some(ext) }.encode();
-        let extension = Some(HandshakeExtension { session: 1, peer_session: 2, answer_wanted: true });
+        let extension = Some(HandshakeExtension { session: 1, peer_session: 2, answer_wanted: true, retired: [0; 2] });
         let handshake = Handshake { index: 3, name: b"name".to_vec(), conn: Some(conn.clone()), extension };
         let metadata = PublicMetadata { keys: vec![Some(1), None], addr: 7 };
         for mut bytes in [conn, handshake.encode().unwrap(), metadata.encode()] {

@@ -8,7 +8,7 @@ use nixl_libfabric::wire::{Body, ControlMessage, Handshake, Immediate};
 
 use crate::clock;
 use crate::rng::mix;
-use crate::world::{Arrival, AvEntry, Connection, Entry, Ep, Held, Injury, State};
+use crate::world::{Arrival, AvEntry, Breakage, Connection, Entry, Ep, Held, Injury, State};
 
 /// Number of an operation; never used twice.
 pub type FlightId = u64;
@@ -19,6 +19,12 @@ const PIECES_MAX: u64 = 4;
 const PACKETS_PER_POLL: usize = 50;
 /// Messages that such a provider may keep for want of receives: those of a poll or two, not all that peers send.
 const MESSAGES_KEPT_MAX: usize = 128;
+/// How the efa provider reports what a queue pair in error gives up: EFA_IO_COMP_STATUS_FLUSHED.
+const FLUSHED: (i32, i32) = (libc::ECANCELED, 1);
+/// How long it takes at most until a NIC that failed has given up what it holds.
+const FLUSH_NS: u64 = 400_000_000;
+/// What a NIC has sent may be held up on the way for so long.
+const PACKET_LIFETIME_NS: u64 = 50_000_000;
 /// How long a NIC tries to reach a host that is gone, in nanoseconds.
 const UNREACHABLE_NS: (u64, u64) = (500_000, 3_000_000);
 
@@ -52,16 +58,34 @@ pub(crate) struct Flight {
     pub landed: bool,
     /// A message that is never delivered, because an earlier one was lost.
     pub swallowed: bool,
+    /// Its next piece is held up on the way.
+    pub late: bool,
     /// It is to fail when this many pieces are left.
     pub fails: Option<u32>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Event {
-    Piece { flight: FlightId, offset: usize, len: usize },
-    Arrive { flight: FlightId },
-    Complete { flight: FlightId },
-    Fail { flight: FlightId, error: i32, provider: i32 },
+    Piece {
+        flight: FlightId,
+        offset: usize,
+        len: usize,
+    },
+    Arrive {
+        flight: FlightId,
+    },
+    Complete {
+        flight: FlightId,
+    },
+    Fail {
+        flight: FlightId,
+        error: i32,
+        provider: i32,
+    },
+    /// The sender's NIC gives it up because it has failed itself.
+    Flush {
+        flight: FlightId,
+    },
 }
 
 /// Events by time; those of one moment in the order in which they were planned.
@@ -174,6 +198,7 @@ impl State {
         let (Event::Piece { flight, .. }
         | Event::Arrive { flight }
         | Event::Complete { flight }
+        | Event::Flush { flight }
         | Event::Fail { flight, .. }) = event;
         let Some(flight) = self.flights.get(&flight) else { return false };
         let is_at = |ep: usize, host| self.eps[ep].host == host;
@@ -193,7 +218,7 @@ impl State {
         }
         match event {
             Event::Piece { flight, .. } | Event::Arrive { flight } => self.flights.get(&flight)?.target,
-            Event::Complete { .. } | Event::Fail { .. } => None,
+            Event::Complete { .. } | Event::Fail { .. } | Event::Flush { .. } => None,
         }
     }
 
@@ -203,6 +228,7 @@ impl State {
             Event::Arrive { flight } => self.arrive(flight),
             Event::Complete { flight } => self.complete(flight, None),
             Event::Fail { flight, error, provider } => self.complete(flight, Some((error, provider))),
+            Event::Flush { flight } => self.flush(flight),
         }
     }
 
@@ -228,10 +254,41 @@ impl State {
         self.endpoints_of(host).map(|ep| self.eps[ep].doorbells).collect()
     }
 
+    /// Whether an endpoint of a host has failed.
+    pub fn has_broken(&self, host: usize) -> bool {
+        self.endpoints_of(host).any(|ep| self.eps[ep].broken.is_some())
+    }
+
+    /// An endpoint of a host fails, now and for good.
+    pub fn break_endpoint(&mut self, host: usize, place: usize, how: Breakage) {
+        let ep = self.endpoints_of(host).nth(place).expect("it has so many");
+        if self.eps[ep].closed || self.eps[ep].broken.is_some() {
+            return;
+        }
+        self.eps[ep].broken = Some(how);
+        if how == Breakage::Flushes {
+            let under_way: Vec<_> =
+                self.flights.iter().filter(|(_, f)| f.source == ep).map(|(id, _)| *id).collect();
+            for id in under_way {
+                let is_slow = self.rng.chance(20);
+                self.flights.get_mut(&id).expect("it is under way").late = is_slow;
+                let takes = if is_slow { self.rng.below(FLUSH_NS) } else { 0 };
+                self.at(clock::now_ns() + takes, Event::Flush { flight: id });
+            }
+            // Its receives are gone, too.
+            self.lose(&[ep]);
+        }
+    }
+
     /// The doorbell rings for an operation: its events are planned.
     pub(crate) fn launch(&mut self, id: FlightId) {
         let now = clock::now_ns();
         let Some(flight) = self.flights.get(&id) else { return };
+        if self.eps[flight.source].broken == Some(Breakage::Flushes) {
+            self.flights.get_mut(&id).expect("it was just there").landed = true;
+            self.at(now, Event::Flush { flight: id });
+            return;
+        }
         self.log_message("sent", flight);
         let (what, len, source, target) = (flight.what, flight.local.1, flight.source, flight.target);
         let (confirmed, message) = (flight.delivery_complete, flight.what == What::Send);
@@ -305,7 +362,8 @@ impl State {
     }
 
     fn is_reachable(&self, ep: usize) -> bool {
-        !self.eps[ep].closed && !self.host_is_dead(self.eps[ep].host)
+        let ep = &self.eps[ep];
+        !ep.closed && ep.broken != Some(Breakage::Flushes) && !self.host_is_dead(ep.host)
     }
 
     fn fail_unreachable(&mut self, id: FlightId) {
@@ -322,6 +380,14 @@ impl State {
     fn piece(&mut self, id: FlightId, offset: usize, len: usize) {
         let Some(flight) = self.flights.get(&id) else { return };
         if flight.landed {
+            return;
+        }
+        if flight.late {
+            // It leaves the NIC no later than that gives it up.
+            let gone = flight.completed;
+            self.flights.get_mut(&id).expect("it is there").late = !gone;
+            let wait = if gone { self.rng.below(PACKET_LIFETIME_NS) } else { FLUSH_NS / 100 };
+            self.schedule.add(clock::now_ns() + wait, Event::Piece { flight: id, offset, len });
             return;
         }
         let target = flight.target.expect("it was launched");
@@ -362,7 +428,7 @@ impl State {
     fn random_error(&mut self) -> (i32, i32) {
         // Local, remote and transport errors that do not say that the peer is gone.
         self.rng.pick(&[
-            (libc::EIO, 1),
+            (libc::EINVAL, 3),
             (libc::EIO, 5),
             (libc::EIO, 10),
             (libc::ENOMEM, 4),
@@ -523,8 +589,10 @@ impl State {
         if error.is_none() && flight.what != What::Send {
             self.eps[flight.source].moved += 1;
         }
-        if error.is_some() {
+        if error.is_some_and(|error| error != FLUSHED) {
             flight.landed = true;
+        }
+        if error.is_some() {
             self.log_message("fails", &self.flights[&id]);
         }
         let flight = &self.flights[&id];
@@ -543,14 +611,13 @@ impl State {
                 self.breach(format!("the buffer of a message was changed in flight (context {context:#x})"));
             }
         } else if !flight.landed && flight.what == What::Write {
-            // SAFETY: as above. The owner may change the bytes from now on.
-            let bytes = unsafe { std::slice::from_raw_parts(local.0 as *const u8, local.1) }.to_vec();
-            self.flights.get_mut(&id).expect("it is there").payload = Some(bytes);
+            self.keep_payload(id);
         }
         if self.flights[&id].landed {
             self.forget(id);
         }
-        if error.is_some() {
+        // A transfer has other rails than one that failed; a message that it may have carried is not sent again.
+        if error.is_some_and(|error| error != FLUSHED || message) {
             let target_host = target.map(|t| self.eps[t].host);
             let source_host = self.eps[source].host;
             self.injuries.push(Injury { source_host, target_host, local, message });
@@ -571,6 +638,15 @@ impl State {
         }
     }
 
+    /// The NIC gives an operation up. What it has sent of a write lands nevertheless; a message may arrive.
+    fn flush(&mut self, id: FlightId) {
+        let (late, arrives) = (self.rng.chance(100), self.rng.chance(500));
+        let Some(flight) = self.flights.get_mut(&id) else { return };
+        flight.landed |= flight.what == What::Read || (flight.what == What::Send && !arrives);
+        flight.late |= late;
+        self.complete(id, Some(FLUSHED));
+    }
+
     /// A context and a registration are free of an operation.
     fn over(&mut self, ep: usize, context: usize, mr: usize) {
         if !scribbled(context, ep) {
@@ -578,6 +654,14 @@ impl State {
         }
         self.eps[ep].contexts.remove(&context);
         self.mrs[mr].in_flight -= 1;
+    }
+
+    /// The owner of a write's bytes may change them from now on.
+    fn keep_payload(&mut self, id: FlightId) {
+        let flight = self.flights.get_mut(&id).expect("it is there");
+        // SAFETY: the bytes lie in a registration that is held by the operation until now.
+        let bytes = unsafe { std::slice::from_raw_parts(flight.local.0 as *const u8, flight.local.1) };
+        flight.payload.get_or_insert_with(|| bytes.to_vec());
     }
 
     fn forget(&mut self, id: FlightId) {
@@ -588,10 +672,19 @@ impl State {
     pub(crate) fn on_endpoint_closed(&mut self, ep: usize) {
         let gone: Vec<FlightId> =
             self.flights.iter().filter(|(_, f)| f.source == ep).map(|(id, _)| *id).collect();
+        let packets_live = self.eps[ep].broken.is_some();
         for id in gone {
-            let flight = self.flights.remove(&id).expect("it was just there");
+            let flight = &self.flights[&id];
             if !flight.completed {
                 self.mrs[flight.mr].in_flight -= 1;
+            }
+            if packets_live && flight.what == What::Write && !flight.landed {
+                self.keep_payload(id);
+                let late = self.rng.chance(100);
+                let flight = self.flights.get_mut(&id).expect("it is there");
+                (flight.completed, flight.late) = (true, late);
+            } else {
+                self.flights.remove(&id);
             }
         }
         let receives = std::mem::take(&mut self.eps[ep].recvs);

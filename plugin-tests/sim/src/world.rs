@@ -120,6 +120,18 @@ pub enum Held {
     All,
 }
 
+/// How a NIC fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Breakage {
+    /// Its queue pair goes into error: what is in flight and what is posted later completes in error. What has left it
+    /// may land all the same.
+    Flushes,
+    /// Its completion queue cannot be read any more. What is in flight goes on until the endpoint is closed.
+    IsMute,
+    /// It refuses every post. What is in flight completes.
+    Refuses,
+}
+
 /// What goes wrong, in thousandths.
 #[derive(Debug, Clone, Default)]
 #[allow(missing_docs)]
@@ -248,6 +260,8 @@ pub(crate) struct Ep {
     pub unmatched: VecDeque<Arrival>,
     /// What polls have taken in and no receive has met, where the provider keeps that.
     pub pooled: VecDeque<Arrival>,
+    /// It has failed.
+    pub broken: Option<Breakage>,
     /// Contexts in flight.
     pub contexts: BTreeSet<usize>,
     /// Operations (receives aside) in flight.

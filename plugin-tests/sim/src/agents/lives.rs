@@ -11,6 +11,7 @@ use super::{CONNECT_MS, MS, Play, SLOTS, Stage, outcome};
 use crate::clock;
 use crate::memory::Arena;
 use crate::provider;
+use crate::world::Breakage;
 
 impl Play {
     // Agents.
@@ -95,6 +96,19 @@ impl Play {
         let ms = self.rng.within(1, CONNECT_MS / 4);
         self.agents[i].paused_until = clock::now_ns() + ms * MS;
         self.note(format!("{i} stands still for {ms} ms"));
+    }
+
+    /// A NIC fails. Not the first: what is for the agent itself comes in there.
+    pub(super) fn break_rail(&mut self) {
+        let i = self.rng.index(self.agents.len());
+        if self.engine(i).is_none() {
+            return;
+        }
+        let host = self.agents[i].host;
+        let place = self.rng.within(1, self.plan.rails as u64 - 1) as usize;
+        let how = self.rng.pick(&[Breakage::Flushes, Breakage::Refuses]);
+        self.note(format!("rail {place} of {i} fails: {how:?}"));
+        self.world.state().break_endpoint(host, place, how);
     }
 
     pub(super) fn die_or_return(&mut self) {

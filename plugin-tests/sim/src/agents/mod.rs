@@ -49,6 +49,8 @@ pub struct Plan {
     pub deaths: bool,
     /// Whether agents stand still for a while.
     pub pauses: bool,
+    /// Whether NICs fail, but an agent's first.
+    pub breaks: bool,
     options: BTreeMap<String, String>,
     delay_ns: u64,
     tx_size: usize,
@@ -85,7 +87,7 @@ impl Plan {
             ("chunk_bytes_max", 131_072),
             ("notif_bytes_max", 1 << 20),
         ];
-        Self {
+        let mut plan = Self {
             seed,
             profile,
             rails: rng.within(1, 3) as usize,
@@ -95,11 +97,15 @@ impl Plan {
             removals: rng.chance(250),
             deaths: rng.chance(200),
             pauses: rng.chance(300),
+            breaks: false,
             options: numbers.iter().map(|(key, value)| ((*key).to_owned(), value.to_string())).collect(),
             delay_ns: rng.pick(&[1_000, 20_000, 20_000, 500_000]),
             tx_size: rng.pick(&[4, 16, 300, 1024]),
             poll_batch: rng.pick(&[1, 4, 64]),
-        }
+        };
+        // A software provider's writes may arrive after they have failed, so they are not done anew.
+        plan.breaks = plan.rails > 1 && !profile.orders_writes && rng.chance(400);
+        plan
     }
 }
 
@@ -396,6 +402,7 @@ impl Play {
             }
             70..74 => self.repost(),
             74..77 => self.release_one(),
+            94 if self.plan.breaks => self.break_rail(),
             77..95 => {
                 let ns = self.rng.pick(&[200, 2_000, 20_000, 100_000, 2 * MS]);
                 self.world.pass(ns);

@@ -75,7 +75,9 @@ impl Play {
                 let outdated =
                     self.agents[i].remote.get(&j).is_some_and(|(run, _)| *run != self.agents[j].run);
                 let removed = self.removed[i][j] || self.removed[j][i];
-                self.disturbed[i][j] = gone || outdated || removed || self.is_deaf(i, j);
+                // Whoever was never greeted by an agent is not told of its rails that failed.
+                let untold = self.world.state().has_broken(self.agents[j].host);
+                self.disturbed[i][j] = gone || outdated || removed || untold || self.is_deaf(i, j);
             }
         }
         // What was promised while promises were off is not owed now.

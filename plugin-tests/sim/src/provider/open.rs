@@ -168,6 +168,7 @@ pub(super) unsafe extern "C" fn open_ep(
         mrs_bound: 0,
         moved: 0,
         doorbells: 0,
+        broken: None,
     });
     let object = sys::fid_ep {
         fid: fid(Kind::Ep),

@@ -7,7 +7,7 @@ use nixl_libfabric::sys::libfabric as sys;
 
 use super::{EAGAIN, Object, object};
 use crate::network::{Flight, What, scribble};
-use crate::world::{Recv, State};
+use crate::world::{Breakage, Recv, State};
 
 pub(super) unsafe extern "C" fn cq_read(cq: *mut sys::fid_cq, buffer: *mut c_void, count: usize) -> isize {
     // SAFETY: an object of ours.
@@ -26,6 +26,9 @@ pub(super) unsafe extern "C" fn cq_read(cq: *mut sys::fid_cq, buffer: *mut c_voi
     }
     state.on_poll(ep);
     state.match_arrivals(ep);
+    if state.eps[ep].broken == Some(Breakage::IsMute) {
+        return -(libc::EIO as isize);
+    }
     if state.cqs[cq.index].entries.is_empty() {
         return EAGAIN as isize;
     }
@@ -227,6 +230,7 @@ fn post(ep: &Object<sys::fid_ep>, order: &Order) -> isize {
             completed: false,
             landed: false,
             swallowed: false,
+            late: false,
             fails: None,
         },
     );
@@ -251,6 +255,9 @@ impl State {
     /// Why a post does not go through now, by chance or for lack of room.
     fn post_refused(&mut self, ep: usize, order: &Order, in_batch: bool) -> Option<isize> {
         let this = &self.eps[ep];
+        if this.broken == Some(Breakage::Refuses) {
+            return Some(-(libc::EIO as isize));
+        }
         let full = this.outstanding >= this.tx_size && !self.profile.queues_in_memory;
         let target = self.address(this, order.address).and_then(|entry| entry.target);
         let waits = self.profile.connects && !self.connected(ep, target);
