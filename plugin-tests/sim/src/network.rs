@@ -642,8 +642,12 @@ impl State {
     fn flush(&mut self, id: FlightId) {
         let (late, arrives) = (self.rng.chance(100), self.rng.chance(500));
         let Some(flight) = self.flights.get_mut(&id) else { return };
-        flight.landed |= flight.what == What::Read || (flight.what == What::Send && !arrives);
         flight.late |= late;
+        if flight.completed {
+            // It was told to have left.
+            return;
+        }
+        flight.landed |= flight.what == What::Read || (flight.what == What::Send && !arrives);
         self.complete(id, Some(FLUSHED));
     }
 
