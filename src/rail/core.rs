@@ -178,7 +178,7 @@ impl Core {
             news: false,
             receives,
             messages,
-            destinations: Destinations::default(),
+            destinations: Destinations::new(device),
             window: Window::default(),
             shares: Slab::new(),
             turns: VecDeque::new(),
