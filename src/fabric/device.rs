@@ -486,7 +486,7 @@ impl Device {
     /// Where the remote endpoint of this raw name accepts connections, if operations go over TCP connections.
     ///
     /// The provider tcp, by itself or under ofi_rxm, names an endpoint by the address of its listening socket, which is
-    /// open for as long as the endpoint (`xnet_listen` in libfabric 1.18 to 2.6, `rxm_listen` in 1.17).
+    /// open for as long as the endpoint (prov/tcp/src, libfabric 2.6).
     pub fn listener(&self, name: &[u8]) -> Option<SocketAddr> {
         if self.provider().split(';').next() != Some("tcp") {
             return None;

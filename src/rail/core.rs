@@ -80,6 +80,18 @@ enum Claim {
     WindowFull,
 }
 
+/// What is particular to the provider.
+struct Quirks {
+    /// Whether several writes may share a doorbell, to peers that have been reached.
+    batches: bool,
+    /// See [`QUIET_POLLS_MAX`]; one where a NIC moves the data.
+    quiet_polls_max: usize,
+    /// Whether the provider keeps messages for which no receive is posted, without limit.
+    keeps_messages: bool,
+    /// Whether the provider shakes hands with a peer before it moves data, and says nothing if it gets no answer.
+    shakes_hands: bool,
+}
+
 pub(super) struct Core {
     // Closed before anything that its operations refer to.
     endpoint: Endpoint,
@@ -96,14 +108,7 @@ pub(super) struct Core {
     /// Shares with something to claim or to post.
     turns: VecDeque<usize>,
     completions: Vec<Completion>,
-    /// Whether several writes may share a doorbell, to peers that have been reached.
-    batches: bool,
-    /// See [`QUIET_POLLS_MAX`]; one where a NIC moves the data.
-    quiet_polls_max: usize,
-    /// Whether the provider keeps messages for which no receive is posted, without limit.
-    keeps_messages: bool,
-    /// Whether the provider shakes hands with a peer before it moves data, and says nothing if it gets no answer.
-    shakes_hands: bool,
+    quirks: Quirks,
     /// The time at the start of this turn.
     now: Instant,
     /// When it was last looked for peers that never answer.
@@ -167,10 +172,12 @@ impl Core {
         }
         receives.post(&mut endpoint)?;
         Ok(Self {
-            batches,
-            quiet_polls_max: if efa::is_efa(device.provider()) { 1 } else { QUIET_POLLS_MAX },
-            keeps_messages: efa::keeps_messages(device),
-            shakes_hands: efa::shakes_hands(device),
+            quirks: Quirks {
+                batches,
+                quiet_polls_max: if efa::is_efa(device.provider()) { 1 } else { QUIET_POLLS_MAX },
+                keeps_messages: efa::keeps_messages(device),
+                shakes_hands: efa::shakes_hands(device),
+            },
             endpoint,
             id,
             limits: limits.clone(),
@@ -323,7 +330,7 @@ impl Core {
                 self.break_down(e, events);
                 return handled;
             }
-            if self.keeps_messages && self.receives.are_used_up() {
+            if self.quirks.keeps_messages && self.receives.are_used_up() {
                 return handled;
             }
             let mut completions = std::mem::take(&mut self.completions);
@@ -333,7 +340,7 @@ impl Core {
             }
             self.completions = completions;
             match outcome {
-                Ok(0) if handled > 0 || turn >= self.quiet_polls_max => break,
+                Ok(0) if handled > 0 || turn >= self.quirks.quiet_polls_max => break,
                 Ok(count) => handled += count,
                 Err(e) => {
                     self.break_down(e, events);
@@ -478,7 +485,7 @@ impl Core {
             // that stands still cannot take the rail from the rest.
             let held = self.endpoint.in_flight_to(entry.addr).rma;
             let room = self.endpoint.room().saturating_sub(held).div_ceil(2);
-            let batch = self.batches && entry.reached;
+            let batch = self.quirks.batches && entry.reached;
             // Batches that are not full cost a doorbell each; what is in flight makes room for full ones.
             let room = if batch && share.posted > 0 { room - room % BATCH_WRITES_MAX } else { room };
             if room == 0 {
@@ -625,7 +632,7 @@ impl Core {
         }
         self.looked = self.now;
         self.endpoint.drain_events();
-        if !self.shakes_hands {
+        if !self.quirks.shakes_hands {
             return;
         }
         for (_, share) in &self.shares {

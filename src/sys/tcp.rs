@@ -19,7 +19,7 @@ impl Probe {
     /// keeps this process from trying, such as too many open files.
     pub fn start(address: SocketAddr) -> io::Result<Self> {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), None)?;
-        // Closed by a reset: libfabric before 2.0 may read an orderly end as "not yet" (`xnet_recv_cm_msg` looks at a
+        // Closed by a reset: libfabric 1.18 may read an orderly end as "not yet" (`xnet_recv_cm_msg` looks at a
         // stale errno), and then polls that connection for ever.
         socket.set_linger(Some(Duration::ZERO))?;
         match socket.connect(&address.into()) {
