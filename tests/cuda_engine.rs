@@ -424,10 +424,15 @@ const STAGED_BYTES: usize = 5 * MIB + 4321;
 
 impl Staged {
     fn new(progress_thread: bool) -> Self {
+        Self::with(progress_thread, &[])
+    }
+
+    fn with(progress_thread: bool, options: &[(&str, &str)]) -> Self {
         let stage = Stage::new();
         stage.fabric_option("hmem", 0);
         stage.bed.option("polls", 2);
-        let engine = |name| stage.engine_with(name, progress_thread, &[("vram_staging", "true")]);
+        let options = [&[("vram_staging", "true")], options].concat();
+        let engine = |name| stage.engine_with(name, progress_thread, &options);
         let engines = [engine("one"), engine("two")];
         let gpu = [stage.gpu(0, STAGED_BYTES, 0), stage.gpu(1, STAGED_BYTES, 0)];
         let host = [vec![0_u8; STAGED_BYTES], vec![0_u8; STAGED_BYTES]];
@@ -585,4 +590,63 @@ fn a_staged_transfer_can_be_released_and_its_peer_can_leave() {
     bed.engines[0].disconnect(&"two".into()).unwrap();
     assert_eq!(bed.wait(&request).unwrap_err().status(), Status::RemoteDisconnect);
     bed.engines[0].deregister_mem(bed.region(0, MemKind::Vram)).unwrap();
+}
+
+#[test]
+fn slots_of_a_peer_that_does_not_answer_in_time_come_back_when_it_does() {
+    let bed = Staged::with(false, &[("connect_timeout_ms", "1000")]);
+    let remote = bed.remote(MemKind::Vram);
+    // What a READ begins with is a copy at the peer.
+    let (local, far) = (
+        desc(bed.region(0, MemKind::Vram), bed.gpu[0], STAGED_BYTES),
+        desc(&remote, bed.gpu[1], STAGED_BYTES),
+    );
+    let request = bed.engines[0].prep_xfer(Op::Read, &[local], &[far], &"two".into()).unwrap();
+    bed.engines[0].post_xfer(&request, None).unwrap();
+    assert_eq!(bed.wait(&request), Ok(Status::Success));
+    // The peer's application calls nothing. Six slots for each post, of sixteen.
+    for round in 0..4 {
+        bed.engines[0].post_xfer(&request, None).unwrap();
+        let error = wait(&[&bed.engines[0]], &request).unwrap_err();
+        assert!(error.to_string().contains("connect_timeout_ms"), "round {round}: {error}");
+    }
+    for fill in [7, 8] {
+        fill_at(bed.gpu[1], STAGED_BYTES, fill);
+        bed.engines[0].post_xfer(&request, None).unwrap();
+        assert_eq!(bed.wait(&request), Ok(Status::Success));
+        assert!(bytes_at(bed.gpu[0], STAGED_BYTES).iter().all(|byte| *byte == fill));
+    }
+}
+
+#[test]
+fn a_staged_transfer_ends_after_transfer_timeout_ms() {
+    let bed = Staged::with(false, &[("transfer_timeout_ms", "1500")]);
+    let remote = bed.remote(MemKind::Vram);
+    let request = bed.prepare_write(&remote);
+    // Without a lease, and with one.
+    for lent in [false, true] {
+        bed.engines[0].post_xfer(&request, None).unwrap();
+        let error = wait(&[&bed.engines[0]], &request).unwrap_err();
+        assert!(error.to_string().contains("transfer_timeout_ms"), "{lent}: {error}");
+        bed.engines[0].post_xfer(&request, None).unwrap();
+        assert_eq!(bed.wait(&request), Ok(Status::Success), "{lent}");
+    }
+}
+
+#[test]
+fn a_copy_within_an_agent_ends_after_transfer_timeout_ms() {
+    const BYTES: usize = 64 * MIB;
+    let stage = Stage::new();
+    let engine = stage.engine_with("self", false, &[("transfer_timeout_ms", "1")]);
+    let (source, target) = (vec![1_u8; BYTES], vec![0_u8; BYTES]);
+    let [from, to] = [&source, &target]
+        .map(|memory| register(&engine, MemKind::Dram, memory.as_ptr() as u64, BYTES, 0).unwrap());
+    let (local, remote) =
+        (desc(&from, source.as_ptr() as u64, BYTES), desc(&to, target.as_ptr() as u64, BYTES));
+    let request = engine.prep_xfer(Op::Write, &[local], &[remote], &"self".into()).unwrap();
+    engine.post_xfer(&request, Some(b"never")).unwrap();
+    std::thread::sleep(Duration::from_millis(2));
+    let error = wait(&[&engine], &request).unwrap_err();
+    assert!(error.to_string().contains("transfer_timeout_ms"), "{error}");
+    assert!(engine.take_notifications().unwrap().is_empty());
 }

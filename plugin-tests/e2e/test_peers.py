@@ -13,6 +13,10 @@ CONNECT_TIMEOUT_MS = 2000
 CALL_LIMIT_S = 12
 # A dead peer must be reported within this.
 VERDICT_LIMIT_S = 15
+# A dead peer whose address refuses connections, with connect_timeout_ms at its default of 30 s.
+DEAD_LIMIT_S = 10
+# A peer that stands still for so long is not reported.
+STILL_S = 4
 
 
 def options(host):
@@ -66,6 +70,14 @@ def approach(triangle):
     if isinstance(handle, Refused):
         return None
     return handle if not isinstance(attempt(a, "post", handle, b"done"), Refused) else None
+
+
+def ends(agent, handle, limit):
+    """What the request ends with: a state, or the error's text; PROC when it has not ended in time."""
+    try:
+        return agent.call("wait", handle, limit, deadline=limit + CALL_LIMIT_S)
+    except Refused as refused:
+        return str(refused)
 
 
 def verdict(triangle, handle):
@@ -208,3 +220,40 @@ def test_new_lives_of_one_name(bed, host, progress):
         triangle.b.receives(b"again", sender=triangle.a)
         triangle.to_b.check(50 + turn)
         triangle.healthy(2)
+
+
+@pytest.mark.ours
+@pytest.mark.tcp
+@pytest.mark.parametrize("acquainted", [False, True], ids=["never-met", "connected"])
+def test_idle_peer_that_died(bed, host, progress, acquainted):
+    """Nothing is under way when it dies. Its address refuses connections, so nobody waits for connect_timeout_ms (30 s)."""
+    near, far = bed.pair(progress_thread=progress) if acquainted else (bed.agent("near", progress_thread=progress), bed.agent("far"))
+    source, target = near.buffer(MIB, seed=1), far.buffer(MIB)
+    near.knows(far)
+    if acquainted:
+        near.transfer("WRITE", [source[:]], [target[:]], far, b"hello")
+    far.kill()
+    try:
+        handle = near.prepare("WRITE", [source[:]], [target[:]], far)
+        near.call("post", handle)
+        verdict = ends(near, handle, DEAD_LIMIT_S)
+    except Refused as refused:
+        verdict = str(refused)
+    assert "DISCONNECT" in verdict.upper()
+
+
+@pytest.mark.ours
+@pytest.mark.tcp
+def test_stopped_peer_is_no_dead_one(bed, host, progress):
+    """The connection has to be made while the peer stands still: its kernel accepts, so nothing is reported; then it goes on."""
+    near, far = (bed.agent(name, progress_thread=progress) for name in ("near", "far"))
+    source, target = near.buffer(MIB, seed=1), far.buffer(MIB)
+    near.knows(far), far.knows(near)
+    far.stop()
+    handle = near.prepare("WRITE", [source[:]], [target[:]], far, b"there")
+    near.call("post", handle, b"there")
+    assert ends(near, handle, STILL_S) == "PROC"
+    far.resume()
+    assert ends(near, handle, 30) == "DONE"
+    far.receives(b"there", sender=near)
+    target.check(1)

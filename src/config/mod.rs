@@ -10,6 +10,7 @@ mod value;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::time::Duration;
 
 pub use options::{Config, OPTIONS};
 pub use value::{Fabric, Wait};
@@ -92,6 +93,14 @@ impl Config {
         let unknown = params.keys().filter(|key| OPTIONS.iter().all(|spec| spec.key != key.as_str()));
         warnings.extend(unknown.map(|key| unknown_key(key)));
         Ok((config, warnings))
+    }
+
+    /// The error of a transfer that is not done after `elapsed`, if that is longer than `transfer_timeout_ms`.
+    pub fn late(&self, elapsed: Duration) -> Option<Error> {
+        let limit = self.transfer_timeout;
+        (!limit.is_zero() && elapsed > limit).then(|| {
+            Error::backend(format!("it was not done after {} ms (transfer_timeout_ms)", limit.as_millis()))
+        })
     }
 
     /// Slices handed to a rail at a time. The C++ plugin's 0 hands everything to its threads, which is no batch of any size.

@@ -112,11 +112,12 @@ impl Remote {
     /// What checkXfer answers.
     pub fn status(&self, shared: &Shared, events: &mut Vec<Event>) -> Result<Status> {
         let status = self.transfer.status(shared.config.drain_timeout)?;
-        let limit = shared.config.transfer_timeout;
-        if status == Status::InProgress && !limit.is_zero() && self.transfer.is_late(limit) {
+        if status == Status::InProgress
+            && let Some(elapsed) = self.transfer.elapsed()
+            && let Some(late) = shared.config.late(elapsed)
+        {
             shared.counts.as_ref().inspect(|counts| counts.late());
-            let late = format!("it was not done after {} ms (transfer_timeout_ms)", limit.as_millis());
-            self.fail(Error::backend(late), events);
+            self.fail(late, events);
         }
         Ok(status)
     }

@@ -44,7 +44,10 @@ impl Works {
     /// Gets on with what moves by copies here.
     pub fn drive_copies(&self) -> usize {
         let shared = &self.shared;
-        let copied = shared.copies.drive(|message| shared.inbox.push(shared.local.name.clone(), message));
+        let copied = shared.copies.drive(
+            |message| shared.inbox.push(shared.local.name.clone(), message),
+            |elapsed| shared.config.late(elapsed),
+        );
         copied + self.staging.drive(shared)
     }
 

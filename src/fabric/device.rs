@@ -2,7 +2,7 @@
 
 use std::ffi::{CStr, CString, c_char};
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -481,6 +481,18 @@ impl Device {
     /// Whether the local address is one that only this host can reach: 127.0.0.0/8 or `::1`.
     pub fn loopback(&self) -> bool {
         self.source_ip().is_some_and(|address| address.is_loopback())
+    }
+
+    /// Where the remote endpoint of this raw name accepts connections, if operations go over TCP connections.
+    ///
+    /// The provider tcp, by itself or under ofi_rxm, names an endpoint by the address of its listening socket, which is
+    /// open for as long as the endpoint (prov/tcp/src, libfabric 2.6).
+    pub fn listener(&self, name: &[u8]) -> Option<SocketAddr> {
+        if self.provider().split(';').next() != Some("tcp") {
+            return None;
+        }
+        let port = u16::from_be_bytes(*name.get(2..)?.first_chunk()?);
+        Some(SocketAddr::new(ip_of(name)?, port)).filter(|_| port != 0)
     }
 
     /// API version that libfabric speaks on this device.

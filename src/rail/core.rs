@@ -56,6 +56,18 @@ enum Claim {
     WindowFull,
 }
 
+/// What is particular to the provider.
+struct Quirks {
+    /// Whether several writes may share a doorbell, to peers that have been reached.
+    batches: bool,
+    /// See [`QUIET_POLLS_MAX`]; one where a NIC moves the data.
+    quiet_polls_max: usize,
+    /// Whether the provider keeps messages for which no receive is posted, without limit.
+    keeps_messages: bool,
+    /// Whether the provider shakes hands with a peer before it moves data, and says nothing if it gets no answer.
+    shakes_hands: bool,
+}
+
 pub(super) struct Core {
     // Closed before anything that its operations refer to.
     pub(super) endpoint: Endpoint,
@@ -72,14 +84,7 @@ pub(super) struct Core {
     /// Shares with something to claim or to post.
     pub(super) turns: VecDeque<usize>,
     completions: Vec<Completion>,
-    /// Whether several writes may share a doorbell, to peers that have been reached.
-    batches: bool,
-    /// See [`QUIET_POLLS_MAX`]; one where a NIC moves the data.
-    quiet_polls_max: usize,
-    /// Whether the provider keeps messages for which no receive is posted, without limit.
-    keeps_messages: bool,
-    /// Whether the provider shakes hands with a peer before it moves data, and says nothing if it gets no answer.
-    shakes_hands: bool,
+    quirks: Quirks,
     /// Whether everything that completes has arrived, however it was asked for.
     pub(super) completions_confirm: bool,
     /// Posts refused in a row.
@@ -148,12 +153,14 @@ impl Core {
         }
         receives.post(&mut endpoint)?;
         Ok(Self {
-            batches,
-            quiet_polls_max: if efa::is_efa(device.provider()) { 1 } else { QUIET_POLLS_MAX },
-            keeps_messages: efa::keeps_messages(device),
+            quirks: Quirks {
+                batches,
+                quiet_polls_max: if efa::is_efa(device.provider()) { 1 } else { QUIET_POLLS_MAX },
+                keeps_messages: efa::keeps_messages(device),
+                shakes_hands: efa::shakes_hands(device),
+            },
             completions_confirm: !device.orders_writes(),
             refusals: 0,
-            shakes_hands: efa::shakes_hands(device),
             endpoint,
             id,
             limits: limits.clone(),
@@ -161,7 +168,7 @@ impl Core {
             news: false,
             receives,
             messages,
-            destinations: Destinations::default(),
+            destinations: Destinations::new(device),
             window: Window::default(),
             shares: Slab::new(),
             turns: VecDeque::new(),
@@ -306,7 +313,7 @@ impl Core {
                     self.fail(&e, events);
                     return handled;
                 }
-                if self.keeps_messages && self.receives.are_used_up() {
+                if self.quirks.keeps_messages && self.receives.are_used_up() {
                     return handled;
                 }
             }
@@ -317,7 +324,7 @@ impl Core {
             }
             self.completions = completions;
             match outcome {
-                Ok(0) if handled > 0 || turn >= self.quiet_polls_max => break,
+                Ok(0) if handled > 0 || turn >= self.quirks.quiet_polls_max => break,
                 Ok(count) => handled += count,
                 Err(e) => {
                     self.break_down(&e, events);
@@ -503,7 +510,7 @@ impl Core {
             // that stands still cannot take the rail from the rest.
             let held = self.endpoint.in_flight_to(entry.addr).rma;
             let room = self.endpoint.room().saturating_sub(held).div_ceil(2);
-            let batch = self.batches && entry.reached;
+            let batch = self.quirks.batches && entry.reached;
             // Batches that are not full cost a doorbell each; what is in flight makes room for full ones.
             let room = if batch && share.posted > 0 { room - room % BATCH_WRITES_MAX } else { room };
             if room == 0 {
@@ -657,7 +664,7 @@ impl Core {
         if let Some(error) = self.endpoint.drain_events() {
             self.blame(&error, events);
         }
-        if !self.shakes_hands {
+        if !self.quirks.shakes_hands {
             return;
         }
         for (_, share) in &self.shares {

@@ -5,15 +5,21 @@
 //! (ai-dynamo/nixl#817). Only when there are too many does the one that rested longest go.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result, Status};
 use crate::fabric::efa::NETWORK_HELP;
-use crate::fabric::{Endpoint, FiAddr, InFlight};
+use crate::fabric::{Device, Endpoint, FiAddr, InFlight};
+use crate::sys::tcp::{self, Probe};
 
 /// How long a peer whose connection broke may take to accept a new one.
 const RECONNECT_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// How long a peer takes nothing before it is looked whether its address still accepts connections; then twice as long
+/// each time, so that a peer that only stands still finds few of them when it goes on.
+const PROBE_DELAY: Duration = Duration::from_millis(200);
 
 /// Addresses kept on a rail; beyond that the longest unused is removed.
 const ADDRESSES_MAX: usize = 32_768;
@@ -36,6 +42,7 @@ pub(super) struct Entry {
     pub reached: bool,
     /// Why no message reaches it any more.
     pub deaf: Option<Error>,
+    listener: Option<Listener>,
     last_used: u64,
 }
 
@@ -65,11 +72,23 @@ impl Entry {
         )))
     }
 
-    /// The error of work for it that was put off, once that has lasted too long. tcp puts posts to a dead peer off
-    /// for ever, while it tries to connect.
-    pub fn stalled(&self, in_flight: InFlight, now: Instant, timeout: Duration) -> Option<Error> {
+    /// The error of work for it that was put off, once that has lasted too long, or nobody is there any more. tcp puts
+    /// posts to a dead peer off for ever, while it tries to connect.
+    pub fn stalled(&mut self, in_flight: InFlight, now: Instant, timeout: Duration) -> Option<Error> {
+        if in_flight.rma > 0 || in_flight.messages > 0 {
+            return None;
+        }
+        let elapsed = now.duration_since(self.last_progress);
+        if let Some(listener) = &mut self.listener
+            && listener.refuses(elapsed)
+        {
+            return Some(Error::disconnected(format!(
+                "nobody accepts connections at {} any more: its process ended, or its agent was closed",
+                listener.address
+            )));
+        }
         let limit = if self.lost { timeout.min(RECONNECT_TIMEOUT) } else { timeout };
-        if in_flight.rma > 0 || in_flight.messages > 0 || now.duration_since(self.last_progress) < limit {
+        if elapsed < limit {
             return None;
         }
         let what = if self.lost { "its connection broke, and it" } else { "it" };
@@ -80,12 +99,48 @@ impl Entry {
     }
 }
 
+/// The address at which a peer accepts connections, and what was last heard from it.
+#[derive(Debug)]
+struct Listener {
+    address: SocketAddr,
+    probe: Option<Probe>,
+    /// How long the peer takes nothing before the next probe.
+    next: Duration,
+}
+
+impl Listener {
+    fn new(address: SocketAddr) -> Self {
+        Self { address, probe: None, next: PROBE_DELAY }
+    }
+
+    /// Whether it refuses connections, for all that is known after the peer took nothing for so long.
+    fn refuses(&mut self, elapsed: Duration) -> bool {
+        if elapsed < PROBE_DELAY {
+            (self.probe, self.next) = (None, PROBE_DELAY);
+            return false;
+        }
+        if self.probe.as_ref().is_some_and(Probe::refused) {
+            self.probe = None;
+            return true;
+        }
+        if elapsed < self.next {
+            return false;
+        }
+        self.next = elapsed * 2;
+        match Probe::start(self.address) {
+            Ok(probe) => self.probe = Some(probe),
+            Err(e) => return tcp::is_refusal(Some(&e)),
+        }
+        false
+    }
+}
+
 /// Key of a destination on its rail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct DestinationKey(u32);
 
-#[derive(Debug, Default)]
 pub(super) struct Destinations {
+    device: Device,
     by_name: HashMap<Destination, DestinationKey>,
     entries: Vec<Option<Entry>>,
     vacant: Vec<u32>,
@@ -93,6 +148,16 @@ pub(super) struct Destinations {
 }
 
 impl Destinations {
+    pub fn new(device: &Device) -> Self {
+        Self {
+            device: device.clone(),
+            by_name: HashMap::new(),
+            entries: Vec::new(),
+            vacant: Vec::new(),
+            clock: 0,
+        }
+    }
+
     /// The entry of `name`, inserted into the address vector at first use; counts one more user.
     pub fn acquire(&mut self, name: &Destination, endpoint: &mut Endpoint) -> Result<DestinationKey> {
         self.clock += 1;
@@ -134,6 +199,7 @@ impl Destinations {
             lost: false,
             reached: false,
             deaf: None,
+            listener: self.device.listener(&name.0).map(Listener::new),
             last_used: self.clock,
         };
         let index = self.vacant.pop().unwrap_or_else(|| {

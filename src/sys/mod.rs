@@ -12,4 +12,5 @@ pub mod nrt;
 pub mod numa;
 pub mod page;
 pub mod panic;
+pub mod tcp;
 pub mod thread;

@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
 
 use super::state::PostState;
 use crate::cuda::{Context, InFlight, Span, Stream};
@@ -65,6 +66,7 @@ struct Cursor {
     flying: VecDeque<InFlight>,
     notification: Option<Vec<u8>>,
     error: Option<Error>,
+    posted_at: Option<Instant>,
 }
 
 impl fmt::Debug for Cursor {
@@ -118,7 +120,7 @@ impl LocalTransfer {
         self.state.check_postable()?;
         begin_uses(self.pieces.iter().flat_map(|p| [&p.source, &p.target]))
             .map_err(|gone| Error::not_found(format!("a region of the transfer was deregistered: {gone}")))?;
-        *self.lock() = Cursor { notification, ..Cursor::default() };
+        *self.lock() = Cursor { notification, posted_at: Some(Instant::now()), ..Cursor::default() };
         self.state.begin();
         Ok(())
     }
@@ -135,9 +137,16 @@ impl LocalTransfer {
 
     /// One turn: up to [`TURN_BYTES`] of the processor's, or batches for GPUs. Returns the outcome when the transfer is
     /// over and nothing is in flight.
-    fn advance(&self, streams: &Streams) -> Option<Result<Option<Vec<u8>>>> {
+    fn advance(
+        &self,
+        streams: &Streams,
+        late: impl FnOnce(Duration) -> Option<Error>,
+    ) -> Option<Result<Option<Vec<u8>>>> {
         let mut cursor = self.lock();
         cursor.settle();
+        if cursor.error.is_none() && cursor.piece < self.pieces.len() {
+            cursor.error = cursor.posted_at.and_then(|at| late(at.elapsed()));
+        }
         if cursor.error.is_none() && self.state.is_stopped() {
             cursor.error = Some(Error::new(Status::Canceled, "the transfer was released in flight"));
         }
@@ -265,15 +274,15 @@ impl LocalCopies {
     }
 
     /// Copies for one turn, unless another thread does. `notify` gets the notification of a transfer that is
-    /// over. Returns how much was done.
-    pub fn drive(&self, notify: impl FnOnce(Vec<u8>)) -> usize {
+    /// over; `late` is asked for the error of one that takes so long. Returns how much was done.
+    pub fn drive(&self, notify: impl FnOnce(Vec<u8>), late: impl FnOnce(Duration) -> Option<Error>) -> usize {
         let mut queue = match self.queue.try_lock() {
             Ok(queue) => queue,
             Err(TryLockError::Poisoned(e)) => e.into_inner(),
             Err(TryLockError::WouldBlock) => return 0,
         };
         let Some(front) = queue.front() else { return 0 };
-        if let Some(outcome) = front.advance(&self.streams) {
+        if let Some(outcome) = front.advance(&self.streams, late) {
             let front = queue.pop_front().expect("it was just looked at");
             match outcome {
                 Ok(notification) => {

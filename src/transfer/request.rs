@@ -228,9 +228,9 @@ impl Transfer {
         Ok(status)
     }
 
-    /// Whether the post is in flight for longer than `limit`, and nothing has failed.
-    pub fn is_late(&self, limit: Duration) -> bool {
-        !self.state.is_stopped() && self.lock().posted_at.is_some_and(|at| at.elapsed() > limit)
+    /// How long the post is in flight, if nothing has failed.
+    pub fn elapsed(&self) -> Option<Duration> {
+        if self.state.is_stopped() { None } else { self.lock().posted_at.map(|at| at.elapsed()) }
     }
 
     /// The host lets go of the request. In flight, it lives on in the rails until its last completion.

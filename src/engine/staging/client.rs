@@ -36,6 +36,7 @@ struct Lease {
 struct Granted {
     region: PublicMetadata,
     slot_bytes: u32,
+    slots: u16,
     free: Vec<u16>,
 }
 
@@ -56,7 +57,7 @@ impl Granted {
                 region.addr
             )));
         }
-        Ok(Self { region, slot_bytes, free: (0..slots).rev().collect() })
+        Ok(Self { region, slot_bytes, slots, free: (0..slots).rev().collect() })
     }
 }
 
@@ -66,7 +67,7 @@ pub struct Client {
     own: Option<(Slots, Vec<u16>)>,
     leases: Vec<Lease>,
     active: Vec<Active>,
-    /// Chunks of failed transfers that a rail has not let go of: their slots come back when it does.
+    /// Chunks of failed transfers that a rail or the peer has not let go of: their slots come back when it does.
     resting: Vec<(Arc<Peer>, Chunk)>,
     /// Copies asked for, with the peer's answer once it has come.
     asked: HashMap<u64, (Arc<Peer>, Option<Result<()>>)>,
@@ -101,7 +102,16 @@ impl Client {
         let Some(lease) = self.leases.iter_mut().find(|lease| Arc::ptr_eq(&lease.peer, peer)) else { return };
         if lease.granted.is_none() {
             match Granted::new(slot_bytes, slots, region) {
-                Ok(granted) => lease.granted = Some(granted),
+                Ok(mut granted) => {
+                    // A peer that is asked again lends the same slots.
+                    let active = self.active.iter().filter(|active| Arc::ptr_eq(&active.transfer.peer, peer));
+                    let resting = self.resting.iter().filter(|(of, _)| Arc::ptr_eq(of, peer));
+                    let held =
+                        active.flat_map(|active| &active.chunks).chain(resting.map(|(_, chunk)| chunk));
+                    let held: Vec<u16> = held.filter_map(|chunk| chunk.remote_slot).collect();
+                    granted.free.retain(|slot| !held.contains(slot));
+                    lease.granted = Some(granted);
+                }
                 Err(why) => self.fail_all(peer, &why.context(peer.name())),
             }
         }
@@ -130,8 +140,21 @@ impl Client {
         self.leases.retain(|lease| lease.peer.check().is_ok());
         let tools = Tools { streams, shared };
         let mut handled = 0;
-        for (peer, chunk) in self.resting.extract_if(.., |(_, chunk)| chunk.is_at_rest()).collect::<Vec<_>>()
-        {
+        let asked = &mut self.asked;
+        let at_rest = |(peer, chunk): &mut (Arc<Peer>, Chunk)| match &chunk.step {
+            Step::Asked(ticket, _) => {
+                let waits = asked.get(ticket).is_some_and(|(_, answer)| answer.is_none());
+                let over = !waits || peer.check().is_err();
+                if over {
+                    asked.remove(ticket);
+                }
+                over
+            }
+            // A failed transfer may be given up while it is still in flight.
+            Step::Wire(remote) => remote.transfer.is_over(),
+            Step::Copying(_) => true,
+        };
+        for (peer, chunk) in self.resting.extract_if(.., at_rest).collect::<Vec<_>>() {
             self.give_back(&peer, &chunk);
         }
         let mut all = std::mem::take(&mut self.active);
@@ -154,6 +177,8 @@ impl Client {
         if active.error.is_none() {
             active.error = if active.transfer.is_stopped() {
                 Some(Error::new(Status::Canceled, "the transfer was released in flight"))
+            } else if let Some(late) = tools.shared.config.late(active.since.elapsed()) {
+                Some(late.context(format_args!("transfer with {}", active.transfer.peer.name())))
             } else {
                 active.transfer.peer.check().err()
             };
@@ -194,7 +219,7 @@ impl Client {
     fn step(&mut self, tools: &Tools<'_>, active: &Active, chunk: &mut Chunk) -> Result<Option<usize>> {
         let over = match &mut chunk.step {
             Step::Copying(copy) => copy.is_done()?,
-            Step::Asked(ticket, since) => self.answered(tools, &active.transfer.peer, *ticket, *since)?,
+            Step::Asked(ticket, since) => self.answered(tools, active, *ticket, *since)?,
             Step::Wire(transfer) => {
                 let mut events = Vec::new();
                 let status = transfer.status(tools.shared, &mut events);
@@ -213,28 +238,28 @@ impl Client {
         Ok(Some(1))
     }
 
-    fn answered(&mut self, tools: &Tools<'_>, peer: &Arc<Peer>, ticket: u64, since: Instant) -> Result<bool> {
+    /// Whether the peer has copied. It may still do so after an error: until it has answered, the slots rest.
+    fn answered(&mut self, tools: &Tools<'_>, active: &Active, ticket: u64, since: Instant) -> Result<bool> {
+        let peer = &active.transfer.peer;
         let (_, answer) = self.asked.get_mut(&ticket).ok_or_else(slot_lost)?;
+        if let Some(outcome) = answer.take() {
+            self.asked.remove(&ticket);
+            return outcome.map(|()| true);
+        }
+        if let Some(error) = &active.error {
+            return Err(error.clone());
+        }
+        peer.check()?;
         let limit = tools.shared.config.connect_timeout;
-        let outcome = match answer.take() {
-            Some(outcome) => outcome,
-            None => match peer.check() {
-                Ok(()) if since.elapsed() < limit => return Ok(false),
-                Ok(()) => {
-                    // What becomes of the slot is not known: begin anew with this peer.
-                    self.leases.retain(|lease| !Arc::ptr_eq(&lease.peer, peer));
-                    Err(Error::disconnected(format!(
-                        "{} did not copy within {} ms (connect_timeout_ms): does its progress thread run, or its \
-                         application call NIXL?",
-                        peer.name(),
-                        limit.as_millis()
-                    )))
-                }
-                Err(gone) => Err(gone),
-            },
-        };
-        self.asked.remove(&ticket);
-        outcome.map(|()| true)
+        if since.elapsed() < limit {
+            return Ok(false);
+        }
+        Err(Error::disconnected(format!(
+            "{} did not copy within {} ms (connect_timeout_ms): does its progress thread run, or its application call \
+             NIXL?",
+            peer.name(),
+            limit.as_millis()
+        )))
     }
 
     /// Begins the chunk's stage, or the first one after it that there is something to do in.
@@ -389,7 +414,12 @@ impl Client {
         let peer = &transfer.peer;
         if let Some(lease) = self.leases.iter().find(|lease| Arc::ptr_eq(&lease.peer, peer)) {
             if let Some(granted) = &lease.granted {
-                return Ok((!granted.free.is_empty()).then_some(granted.slot_bytes));
+                let rests =
+                    |(of, chunk): &&(Arc<Peer>, Chunk)| Arc::ptr_eq(of, peer) && chunk.remote_slot.is_some();
+                // Others' transfers give theirs back in time.
+                if self.resting.iter().filter(rests).count() < usize::from(granted.slots) {
+                    return Ok((!granted.free.is_empty()).then_some(granted.slot_bytes));
+                }
             }
         } else if peer.say(Body::Staging(Message::Ask))? {
             self.leases.push(Lease { peer: Arc::clone(peer), granted: None });

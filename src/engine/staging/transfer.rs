@@ -152,16 +152,6 @@ pub struct Chunk {
     pub step: Step,
 }
 
-impl Chunk {
-    /// Whether no rail holds on to its slots. A failed transfer may be given up while it is still in flight.
-    pub fn is_at_rest(&self) -> bool {
-        match &self.step {
-            Step::Wire(remote) => remote.transfer.is_over(),
-            Step::Copying(_) | Step::Asked(..) => true,
-        }
-    }
-}
-
 /// A posted transfer and its chunks.
 pub struct Active {
     pub transfer: Arc<StagedTransfer>,
