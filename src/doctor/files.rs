@@ -4,6 +4,8 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use crate::topology::sysfs::{entries, file_name, text};
+
 /// PCI vendor of EFA devices; their device ids begin with 0xefa.
 const AMAZON: &str = "0x1d0f";
 
@@ -38,16 +40,7 @@ pub type Counters = Vec<(String, u64)>;
 
 /// Names of a directory's entries, sorted; none where it cannot be read.
 fn names(path: &Path) -> Vec<String> {
-    let Ok(read) = fs::read_dir(path) else { return Vec::new() };
-    let mut names: Vec<String> =
-        read.filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned())).collect();
-    names.sort();
-    names
-}
-
-/// What a file holds, without white space around it; nothing where it cannot be read.
-pub(super) fn text(path: &Path) -> String {
-    fs::read_to_string(path).map(|text| text.trim().to_owned()).unwrap_or_default()
+    entries(path).iter().map(|entry| file_name(entry)).collect()
 }
 
 fn number(path: &Path) -> Option<u64> {

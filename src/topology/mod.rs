@@ -16,7 +16,7 @@ mod picture;
 mod report;
 mod select;
 mod svg;
-mod sysfs;
+pub(crate) mod sysfs;
 
 pub use filter::{DeviceFilter, GpuDevices};
 pub use json::Json;

@@ -172,7 +172,7 @@ fn rdma_speed_bps(path: &Path) -> u64 {
 }
 
 /// What a directory holds, sorted; nothing where it cannot be read.
-fn entries(path: &Path) -> Vec<PathBuf> {
+pub(crate) fn entries(path: &Path) -> Vec<PathBuf> {
     let Ok(read) = fs::read_dir(path) else { return Vec::new() };
     let mut found: Vec<PathBuf> =
         read.take(ENTRIES_MAX).filter_map(|entry| Some(entry.ok()?.path())).collect();
@@ -181,11 +181,11 @@ fn entries(path: &Path) -> Vec<PathBuf> {
 }
 
 /// What a file holds, without white space around it; nothing where it cannot be read.
-fn text(path: &Path) -> String {
+pub(crate) fn text(path: &Path) -> String {
     fs::read_to_string(path).map(|text| text.trim().to_owned()).unwrap_or_default()
 }
 
-fn file_name(path: &Path) -> String {
+pub(crate) fn file_name(path: &Path) -> String {
     path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
