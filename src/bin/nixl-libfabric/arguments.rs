@@ -1,8 +1,12 @@
 //! Options of the command line: `--name value` or `--name=value`.
 
 use std::ffi::OsString;
+use std::time::Duration;
 
 use nixl_libfabric::error::{Error, Result};
+
+/// Longest time that an option takes.
+const SECONDS_MAX: u64 = 3600;
 
 /// An option as it was given.
 pub struct Given<'a> {
@@ -40,6 +44,14 @@ impl<'a> Given<'a> {
         let text = self.text()?;
         let number = text.parse().ok().filter(|&number| number > 0);
         number.ok_or_else(|| usage(format!("{} `{text}`: want a whole number from 1", self.name)))
+    }
+
+    /// Its value as a time in whole seconds, `least` at the least.
+    pub fn seconds(&mut self, least: u64) -> Result<Duration> {
+        let text = self.text()?;
+        let seconds = text.parse().ok().filter(|seconds| (least..=SECONDS_MAX).contains(seconds));
+        let wanted = || usage(format!("{} `{text}`: want seconds, {least} to {SECONDS_MAX}", self.name));
+        seconds.map(Duration::from_secs).ok_or_else(wanted)
     }
 
     /// An error if there is a value that nobody has taken.

@@ -1,15 +1,11 @@
 //! `nixl-libfabric doctor`: what is here, what is missing, and what to do.
 
 use std::ffi::OsString;
-use std::time::Duration;
 
 use nixl_libfabric::doctor::{self, Facts, Options, Verdict, exchange};
 use nixl_libfabric::error::Result;
 
 use crate::arguments::{Given, usage};
-
-/// Longest time for which the counters are watched.
-const WATCH_SECONDS_MAX: u64 = 3600;
 
 /// Runs the command; `None` asks for help. Whether the machine is well comes with the text.
 pub fn run(mut words: impl Iterator<Item = OsString>) -> Result<Option<(String, bool)>> {
@@ -20,7 +16,7 @@ pub fn run(mut words: impl Iterator<Item = OsString>) -> Result<Option<(String, 
         match option.name.as_str() {
             "--nixl" => options.nixl = Some(option.value()?.into()),
             "--plugin-dir" => options.plugin_dir = Some(option.value()?.into()),
-            "--watch" => options.watch = seconds(&option.text()?)?,
+            "--watch" => options.watch = option.seconds(0)?,
             "--root" => options.root = option.value()?.into(),
             "--listen" => listens = true,
             "--to" => to = Some(option.text()?),
@@ -41,12 +37,6 @@ pub fn run(mut words: impl Iterator<Item = OsString>) -> Result<Option<(String, 
     };
     let text = if json { doctor::json(&findings) } else { doctor::text(&findings) };
     Ok(Some((text, doctor::worst(&findings) < Verdict::Fail)))
-}
-
-fn seconds(text: &str) -> Result<Duration> {
-    let seconds = text.parse().ok().filter(|seconds| *seconds <= WATCH_SECONDS_MAX);
-    let wanted = || usage(format!("--watch `{text}`: want seconds, 0 to {WATCH_SECONDS_MAX}"));
-    seconds.map(Duration::from_secs).ok_or_else(wanted)
 }
 
 fn tcp_port(text: &str) -> Result<u16> {

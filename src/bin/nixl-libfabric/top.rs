@@ -12,8 +12,6 @@ use nixl_libfabric::topology::Json;
 
 use crate::arguments::{Given, usage};
 
-/// Longest time between two looks.
-const INTERVAL_SECONDS_MAX: u64 = 3600;
 /// Peers in the table: those that moved most.
 const PEERS_SHOWN: usize = 10;
 /// Clears the screen of a terminal and goes to its upper left corner (ECMA-48 ED, CUP).
@@ -30,7 +28,7 @@ pub fn run(
         match option.name.as_str() {
             "--json" => json = true,
             "--once" => once = true,
-            "--interval" => interval = seconds(option.number()?)?,
+            "--interval" => interval = option.seconds(1)?,
             "--help" | "-h" => return Ok(None),
             other if other.starts_with('-') => return Err(usage(format!("no option `{other}`"))),
             other if whom.is_none() => whom = Some(other.to_owned()),
@@ -55,13 +53,6 @@ pub fn run(
         }
         before = now;
     }
-}
-
-fn seconds(seconds: u64) -> Result<Duration> {
-    if seconds > INTERVAL_SECONDS_MAX {
-        return Err(usage(format!("--interval `{seconds}`: want seconds, 1 to {INTERVAL_SECONDS_MAX}")));
-    }
-    Ok(Duration::from_secs(seconds))
 }
 
 /// The metrics at one moment.
