@@ -8,6 +8,8 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
+use socket2::Socket;
+
 use super::ANNOUNCEMENT;
 use crate::error::{Error, Result};
 
@@ -60,20 +62,15 @@ fn announced(link: &str) -> Option<String> {
 /// Asks the endpoint at an address and port, or at a socket's path.
 pub fn ask(location: &str) -> Result<Vec<Sample>> {
     let failed = |e: std::io::Error| Error::backend(format!("{location} does not answer: {e}"));
-    let answer = if location.starts_with('/') {
-        let stream = UnixStream::connect(Path::new(location)).map_err(failed)?;
-        stream.set_read_timeout(Some(ANSWER_TIME)).map_err(failed)?;
-        stream.set_write_timeout(Some(ANSWER_TIME)).map_err(failed)?;
-        get(stream).map_err(failed)?
+    let stream: Socket = if location.starts_with('/') {
+        UnixStream::connect(Path::new(location)).map_err(failed)?.into()
     } else {
         let address: SocketAddr = location.parse().map_err(|_| {
             Error::invalid(format!("`{location}` is neither address and port nor an absolute path"))
         })?;
-        let stream = TcpStream::connect_timeout(&address, ANSWER_TIME).map_err(failed)?;
-        stream.set_read_timeout(Some(ANSWER_TIME)).map_err(failed)?;
-        stream.set_write_timeout(Some(ANSWER_TIME)).map_err(failed)?;
-        get(stream).map_err(failed)?
+        TcpStream::connect_timeout(&address, ANSWER_TIME).map_err(failed)?.into()
     };
+    let answer = get(stream).map_err(failed)?;
     let strange = || Error::backend(format!("what answers at {location} is no endpoint of nixl-libfabric"));
     let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(strange)?;
     if head.split(' ').nth(1) != Some("200") {
@@ -82,7 +79,9 @@ pub fn ask(location: &str) -> Result<Vec<Sample>> {
     parse(body).ok_or_else(strange)
 }
 
-fn get(mut stream: impl Read + Write) -> std::io::Result<String> {
+fn get(mut stream: Socket) -> std::io::Result<String> {
+    stream.set_read_timeout(Some(ANSWER_TIME))?;
+    stream.set_write_timeout(Some(ANSWER_TIME))?;
     stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
     let mut answer = String::new();
     stream.take(ANSWER_BYTES_MAX).read_to_string(&mut answer)?;
