@@ -65,7 +65,7 @@ impl Shared {
                 let others = &self.local.rails[rail.index() + 1..];
                 if let Some(other) = others.iter().find(|other| other.failure().is_none()) {
                     other.send(message);
-                    self.vram.within(|| other.drive(self.inbox.has_room(), next));
+                    self.vram.within(|| other.drive(self.has_room(), next));
                 } else {
                     self.on_message_over(message.tag, Err(error), next);
                 }

@@ -78,9 +78,10 @@ impl Shared {
     /// Drives these rails once each, on which work was just left, and acts on what happened and on `events`.
     pub fn drive_after(&self, rails: impl Iterator<Item = RailId>, mut events: Vec<Event>) {
         let rails = rails.map(|rail| &self.local.rails[rail.index()]);
+        let room = self.has_room();
         let backlog = self.vram.within(|| {
             rails.fold(false, |backlog, rail| {
-                rail.drive(self.has_room(), &mut events);
+                rail.drive(room, &mut events);
                 backlog | !rail.is_idle()
             })
         });
