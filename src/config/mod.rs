@@ -1,4 +1,4 @@
-//! Every option: key, environment variable, default, range, help. One table, [`OPTIONS`](options::OPTIONS).
+//! Every option: key, environment variable, default, range, help. One table, [`OPTIONS`].
 //!
 //! An option's value is the user's parameter, else the environment variable `NIXL_LIBFABRIC_<KEY>`, else the
 //! default. A bad value is an error, but for the options that the C++ plugin has, too; a key nobody knows is a warning,

@@ -35,7 +35,7 @@ pub trait Driver: Send + Sync {
 /// When a progress thread sleeps, and for how long.
 #[derive(Debug, Clone, Copy)]
 pub struct Pace {
-    /// It spins this long after the last event; `None` is [`SPIN_BEFORE_BLOCK`] or [`SPIN_BEFORE_NAP`].
+    /// It spins this long after the last event; `None` is `SPIN_BEFORE_BLOCK` or `SPIN_BEFORE_NAP`.
     pub spin: Option<Duration>,
     /// How long it sleeps at a time where no wait object tells of events.
     pub nap: Duration,

@@ -3,7 +3,7 @@
 //! The rails are those that a backend would open with the same options, one for each device. Each side writes a block of its
 //! own pattern to each rail of the other by each of its own, and looks whether what the other wrote is there: a completion
 //! without the bytes is damage, and neither within the time is a pair that drops. What is to be known for that goes over
-//! a TCP connection ([`link`]).
+//! a TCP connection (`link`).
 
 mod link;
 mod rails;
