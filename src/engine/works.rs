@@ -69,18 +69,18 @@ impl Works {
         while !self.shared.local.rails.iter().all(|rail| rail.is_idle()) {
             if self.drive_all() > 0 {
                 last_event = Instant::now();
-            } else if last_event.elapsed() > DRAIN_SILENCE
-                || start.elapsed() > self.shared.config.drain_timeout
-            {
-                if start.elapsed() > self.shared.config.drain_timeout {
+                continue;
+            }
+            let late = start.elapsed() > self.shared.config.drain_timeout;
+            if late || last_event.elapsed() > DRAIN_SILENCE {
+                if late {
                     self.shared.counts.as_ref().inspect(|counts| counts.undrained());
                 }
                 let left = self.shared.local.rails.iter().filter(|rail| !rail.is_idle()).count();
                 log::warn!("the backend is destroyed with operations in flight on {left} rails");
                 return;
-            } else {
-                std::thread::sleep(Duration::from_micros(50));
             }
+            std::thread::sleep(Duration::from_micros(50));
         }
     }
 

@@ -105,11 +105,6 @@ impl RmaList {
         &self.slices
     }
 
-    /// Lanes.
-    pub fn lanes(&self) -> usize {
-        self.ways.len() / self.pairs
-    }
-
     /// The ways of a lane, one for each pair. All are of one NIC.
     pub(super) fn lane(&self, lane: u16) -> Option<&[Way]> {
         self.ways.chunks(self.pairs).nth(lane.into())
@@ -118,7 +113,13 @@ impl RmaList {
 
 impl std::fmt::Debug for RmaList {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} operations of {} bytes over {} lanes", self.slices.len(), self.bytes, self.lanes())
+        write!(
+            f,
+            "{} operations of {} bytes over {} lanes",
+            self.slices.len(),
+            self.bytes,
+            self.ways.len() / self.pairs
+        )
     }
 }
 
