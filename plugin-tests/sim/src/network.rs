@@ -1,10 +1,14 @@
 //! What happens on the network, and when.
 
+mod failing;
+
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 
 use nixl_libfabric::sys::libfabric as sys;
 use nixl_libfabric::wire::{Body, ControlMessage, Handshake, Immediate};
+
+use failing::{FLUSH_NS, FLUSHED, PACKET_LIFETIME_NS};
 
 use crate::clock;
 use crate::rng::mix;
@@ -19,14 +23,6 @@ const PIECES_MAX: u64 = 4;
 const PACKETS_PER_POLL: usize = 50;
 /// Messages that such a provider may keep for want of receives: those of a poll or two, not all that peers send.
 const MESSAGES_KEPT_MAX: usize = 128;
-/// How the efa provider reports what a queue pair in error gives up: EFA_IO_COMP_STATUS_FLUSHED.
-const FLUSHED: (i32, i32) = (libc::ECANCELED, 1);
-/// How long it takes at most until a NIC that failed has given up what it holds.
-const FLUSH_NS: u64 = 400_000_000;
-/// What a NIC has sent may be held up on the way for so long.
-const PACKET_LIFETIME_NS: u64 = 50_000_000;
-/// How long a NIC tries to reach a host that is gone, in nanoseconds.
-const UNREACHABLE_NS: (u64, u64) = (500_000, 3_000_000);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum What {
@@ -254,32 +250,6 @@ impl State {
         self.endpoints_of(host).map(|ep| self.eps[ep].doorbells).collect()
     }
 
-    /// Whether an endpoint of a host has failed.
-    pub fn has_broken(&self, host: usize) -> bool {
-        self.endpoints_of(host).any(|ep| self.eps[ep].broken.is_some())
-    }
-
-    /// An endpoint of a host fails, now and for good.
-    pub fn break_endpoint(&mut self, host: usize, place: usize, how: Breakage) {
-        let ep = self.endpoints_of(host).nth(place).expect("it has so many");
-        if self.eps[ep].closed || self.eps[ep].broken.is_some() {
-            return;
-        }
-        self.eps[ep].broken = Some(how);
-        if how == Breakage::Flushes {
-            let under_way: Vec<_> =
-                self.flights.iter().filter(|(_, f)| f.source == ep).map(|(id, _)| *id).collect();
-            for id in under_way {
-                let is_slow = self.rng.chance(20);
-                self.flights.get_mut(&id).expect("it is under way").late = is_slow;
-                let takes = if is_slow { self.rng.below(FLUSH_NS) } else { 0 };
-                self.at(clock::now_ns() + takes, Event::Flush { flight: id });
-            }
-            // Its receives are gone, too.
-            self.lose(&[ep]);
-        }
-    }
-
     /// The doorbell rings for an operation: its events are planned.
     pub(crate) fn launch(&mut self, id: FlightId) {
         let now = clock::now_ns();
@@ -364,16 +334,6 @@ impl State {
     fn is_reachable(&self, ep: usize) -> bool {
         let ep = &self.eps[ep];
         !ep.closed && ep.broken != Some(Breakage::Flushes) && !self.host_is_dead(ep.host)
-    }
-
-    fn fail_unreachable(&mut self, id: FlightId) {
-        let wait = self.rng.within(UNREACHABLE_NS.0, UNREACHABLE_NS.1);
-        let (error, provider) = if self.profile.provider == "efa" {
-            (libc::EHOSTUNREACH, self.rng.pick(&[9, 13, 15, 4124]))
-        } else {
-            (libc::ECANCELED, libc::ECONNRESET)
-        };
-        self.schedule.add(clock::now_ns() + wait, Event::Fail { flight: id, error, provider });
     }
 
     /// A piece of data lands; or a message reaches its target.
@@ -638,19 +598,6 @@ impl State {
         }
     }
 
-    /// The NIC gives an operation up. What it has sent of a write lands nevertheless; a message may arrive.
-    fn flush(&mut self, id: FlightId) {
-        let (late, arrives) = (self.rng.chance(100), self.rng.chance(500));
-        let Some(flight) = self.flights.get_mut(&id) else { return };
-        flight.late |= late;
-        if flight.completed {
-            // It was told to have left.
-            return;
-        }
-        flight.landed |= flight.what == What::Read || (flight.what == What::Send && !arrives);
-        self.complete(id, Some(FLUSHED));
-    }
-
     /// A context and a registration are free of an operation.
     fn over(&mut self, ep: usize, context: usize, mr: usize) {
         if !scribbled(context, ep) {
@@ -670,61 +617,6 @@ impl State {
 
     fn forget(&mut self, id: FlightId) {
         self.flights.remove(&id);
-    }
-
-    /// The endpoint is closed: nothing of it is in flight any more.
-    pub(crate) fn on_endpoint_closed(&mut self, ep: usize) {
-        let gone: Vec<FlightId> =
-            self.flights.iter().filter(|(_, f)| f.source == ep).map(|(id, _)| *id).collect();
-        let packets_live = self.eps[ep].broken.is_some();
-        for id in gone {
-            let flight = &self.flights[&id];
-            if !flight.completed {
-                self.mrs[flight.mr].in_flight -= 1;
-            }
-            if packets_live && flight.what == What::Write && !flight.landed {
-                self.keep_payload(id);
-                let late = self.rng.chance(100);
-                let flight = self.flights.get_mut(&id).expect("it is there");
-                (flight.completed, flight.late) = (true, late);
-            } else {
-                self.flights.remove(&id);
-            }
-        }
-        let receives = std::mem::take(&mut self.eps[ep].recvs);
-        for recv in receives {
-            self.mrs[recv.mr].in_flight -= 1;
-        }
-        self.lose(&[ep]);
-        let ep = &mut self.eps[ep];
-        ep.contexts.clear();
-        ep.outstanding = 0;
-        ep.unmatched.clear();
-        ep.pooled.clear();
-        ep.connections.clear();
-    }
-
-    /// A host died: connections to it break.
-    pub(crate) fn on_death(&mut self, host: usize) {
-        let dead: Vec<usize> = (0..self.eps.len()).filter(|&ep| self.eps[ep].host == host).collect();
-        self.lose(&dead);
-    }
-
-    /// What was under way to these endpoints fails: at once where there are connections, else when the NIC gives up.
-    fn lose(&mut self, dead: &[usize]) {
-        for ep in &mut self.eps {
-            ep.connections.retain(|target, _| !dead.contains(target));
-        }
-        let lost: Vec<FlightId> = self
-            .flights
-            .iter()
-            .filter(|(_, f)| f.target.is_some_and(|t| dead.contains(&t)) && !f.completed && !f.landed)
-            .map(|(id, _)| *id)
-            .collect();
-        for id in lost {
-            self.flights.get_mut(&id).expect("it was just there").landed = true;
-            self.fail_unreachable(id);
-        }
     }
 
     /// Whether a post to this endpoint goes through now, where there are connections.
