@@ -31,10 +31,11 @@ impl Window {
         self.operations == 0
     }
 
-    /// Operations and bytes that the rail may take now. None where that would be less than fills a doorbell's batch and
-    /// what is in flight makes room for more.
+    /// Operations and bytes that the rail may take now: whole batches for a doorbell. None where there is no room for one
+    /// and what is in flight makes some.
     pub fn room(&self) -> Option<(u32, u64)> {
         let operations = (OPERATIONS_MIN << self.level).saturating_sub(self.operations);
+        let operations = operations - operations % BATCH_WRITES_MAX;
         let bytes = (BYTES_MIN << self.level).saturating_sub(self.bytes);
         (self.is_empty() || (operations >= BATCH_WRITES_MAX && bytes > 0)).then_some((operations, bytes))
     }
@@ -92,9 +93,11 @@ mod tests {
         let mut window = Window::default();
         window.posted(OPERATIONS_MIN - BATCH_WRITES_MAX + 1, 4096);
         assert_eq!(window.room(), None);
-        window.settled(1, 0);
-        assert!(window.room().is_some());
-        window.posted(1, BYTES_MIN);
+        for settled in 1..BATCH_WRITES_MAX {
+            window.settled(1, 0);
+            assert_eq!(window.room().unwrap().0, BATCH_WRITES_MAX, "{settled} settled");
+        }
+        window.posted(BATCH_WRITES_MAX - 1, BYTES_MIN);
         assert_eq!(window.room(), None, "bytes count, too");
         window.settled(OPERATIONS_MIN - BATCH_WRITES_MAX + 1, BYTES_MIN + 4096);
         assert!(window.is_empty() && window.room().is_some());
