@@ -56,6 +56,8 @@ const TIMER_SLACK: Duration = Duration::from_micros(1);
 const IDLE_SLEEP: Duration = Duration::from_secs(1);
 /// Longest sleep on wait objects while something is under way: a safety net for wait objects that miss an event.
 const BUSY_SLEEP: Duration = Duration::from_millis(5);
+/// Sleep of a thread that may not block, because another one has a rail or the provider put a post off.
+const LOOK_AGAIN: Duration = Duration::from_micros(50);
 /// How often deadlines are looked at.
 const TICK: Duration = Duration::from_millis(10);
 
@@ -250,12 +252,14 @@ impl Loop {
         let idle = self.driver.upgrade().is_none_or(|driver| driver.may_wait(&self.rails));
         if idle {
             self.poller.wait(longest);
-        } else {
-            // Another thread holds a rail, or work could not be posted: look again soon, but let it go on.
-            self.poller.wait(Duration::from_micros(50));
         }
         self.waker.asleep.end();
         self.waker.event.clear();
+        if !idle {
+            // Not on the wait objects: they tell of what the thread that has the rail is about to take in, so this one would look
+            // and look, in the time of the processor that the other waits for.
+            std::thread::sleep(LOOK_AGAIN);
+        }
     }
 
     /// Sleeps for a moment, unless woken: a futex costs less than a descriptor, and this is done ten thousand times a second.
@@ -343,6 +347,42 @@ mod tests {
         fn is_busy(&self) -> bool {
             false
         }
+    }
+
+    /// Never lets its thread block.
+    struct Elsewhere;
+
+    impl Driver for Elsewhere {
+        fn drive(&self, _: &[Arc<Rail>]) -> usize {
+            0
+        }
+        fn may_wait(&self, _: &[Arc<Rail>]) -> bool {
+            false
+        }
+        fn tick(&self) {}
+        fn is_busy(&self) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn a_thread_leaves_the_processor_to_another_that_takes_in_what_the_wait_objects_tell_of() {
+        let driver: Arc<dyn Driver> = Arc::new(Elsewhere);
+        let (arrived, poller) = (EventFd::new().unwrap(), Poller::new().unwrap());
+        poller.add(arrived.fd()).unwrap();
+        arrived.signal();
+        let thread = Loop {
+            driver: Arc::downgrade(&driver),
+            poller,
+            rails: Vec::new(),
+            pace: Pace { spin: None, nap: Duration::ZERO, use_wait_fd: true },
+            waker: Arc::new(Waker::new().unwrap()),
+            stop: Arc::default(),
+            poison: Arc::default(),
+        };
+        let start = Instant::now();
+        thread.block(BUSY_SLEEP);
+        assert!(start.elapsed() >= LOOK_AGAIN, "it looked again at once");
     }
 
     #[test]
