@@ -22,12 +22,47 @@ fn layer(module: &str) -> usize {
     found.unwrap_or_else(|| panic!("module {module} stands in no layer"))
 }
 
-/// Modules that a file names by `crate::`.
-fn named(text: &str) -> impl Iterator<Item = &str> {
-    text.split("crate::").skip(1).filter_map(|rest| {
-        let end = rest.find(|c: char| !(c.is_ascii_lowercase() || c == '_')).unwrap_or(rest.len());
-        Some(&rest[..end]).filter(|word| !word.is_empty() && rest[end..].starts_with("::"))
-    })
+/// Modules that a file names by `crate::`, also in groups: `crate::{rail::Rail, peer}`.
+fn named(text: &str) -> Vec<&str> {
+    let mut found = Vec::new();
+    for rest in text.split("crate::").skip(1) {
+        match rest.strip_prefix('{') {
+            Some(group) => found.extend(heads(group)),
+            // What is not followed by a path is a macro or a function of the crate, unless it is imported.
+            None => found.extend(word(rest).filter(|word| leads_on(&rest[word.len()..]))),
+        }
+    }
+    found
+}
+
+/// Where the items of a group begin, as far as its closing brace.
+fn heads(group: &str) -> Vec<&str> {
+    let (mut depth, mut heads, mut begins) = (0, Vec::new(), true);
+    for (at, c) in group.char_indices() {
+        match c {
+            '{' => depth += 1,
+            '}' if depth == 0 => break,
+            '}' => depth -= 1,
+            ',' if depth == 0 => begins = true,
+            _ if begins && !c.is_whitespace() => {
+                heads.extend(word(&group[at..]).filter(|word| *word != "self"));
+                begins = false;
+            }
+            _ => {}
+        }
+    }
+    heads
+}
+
+/// The name of a module at the beginning.
+fn word(text: &str) -> Option<&str> {
+    let end = text.find(|c: char| !(c.is_ascii_lowercase() || c == '_')).unwrap_or(text.len());
+    Some(&text[..end]).filter(|word| !word.is_empty())
+}
+
+/// Whether what stands behind a word makes it a module: more of a path, or the end of `use`.
+fn leads_on(after: &str) -> bool {
+    ["::", ";", " as "].iter().any(|next| after.starts_with(next))
 }
 
 fn check(path: &Path, module: &str, wrong: &mut Vec<String>) {
@@ -37,7 +72,8 @@ fn check(path: &Path, module: &str, wrong: &mut Vec<String>) {
         }
     } else if path.extension().is_some_and(|ending| ending == "rs") {
         let text = fs::read_to_string(path).unwrap();
-        let upward = named(&text).filter(|other| *other != module && layer(other) <= layer(module));
+        let upward =
+            named(&text).into_iter().filter(|other| *other != module && layer(other) <= layer(module));
         wrong.extend(upward.map(|other| format!("{}: names {other}", path.display())));
     }
 }
@@ -65,7 +101,14 @@ fn modules_name_only_what_stands_below_them() {
 
 #[test]
 fn names_are_found_in_paths() {
-    let text =
-        "use crate::rail::Rail; fn f(x: &crate::peer::Peer) {} use crate::{a, b}; pub(crate) fn g() {}";
-    assert_eq!(named(text).collect::<Vec<_>>(), ["rail", "peer"]);
+    let text = "use crate::rail::Rail; fn f(x: &crate::peer::Peer) {} pub(crate) fn g() { crate::help!() }";
+    assert_eq!(named(text), ["rail", "peer"]);
+}
+
+#[test]
+fn names_are_found_in_imports_of_modules_and_of_groups() {
+    assert_eq!(named("use crate::wire; use crate::notify as news;"), ["wire", "notify"]);
+    let text = "use crate::{\n    error::{Error, Result}, rail,\n    peer::{link::{Link, State}, Peer as Other}, Engine, self,\n};
+        use crate::{sys};";
+    assert_eq!(named(text), ["error", "rail", "peer", "sys"]);
 }
