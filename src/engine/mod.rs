@@ -437,17 +437,17 @@ impl Engine {
 
     /// Expected duration of a prepared request and its uncertainty, from transfers that were made.
     pub fn estimate_cost(&self, request: &Request) -> Result<(Duration, Duration)> {
-        let (rates, bytes) = match request {
-            Request::Staged(transfer) => (&self.works.shared.remote_rates, transfer.bytes()),
-            Request::Remote(RemoteTransfer(remote)) => {
-                (&self.works.shared.remote_rates, remote.transfer.bytes())
+        let bytes = match request {
+            Request::Staged(transfer) => transfer.bytes(),
+            Request::Remote(RemoteTransfer(remote)) => remote.transfer.bytes(),
+            Request::Local(_) => {
+                return Err(Error::not_supported(
+                    "copies within an agent are not measured, so none can be estimated",
+                ));
             }
-            Request::Local(transfer) => (&self.works.shared.local_rates, transfer.bytes()),
         };
-        rates.estimate(bytes).ok_or_else(|| {
-            Error::not_supported(
-                "no transfer of this kind and size was measured yet, so none can be estimated",
-            )
+        self.works.shared.rates.estimate(bytes).ok_or_else(|| {
+            Error::not_supported("no transfer of this size was measured yet, so none can be estimated")
         })
     }
 

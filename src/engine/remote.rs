@@ -93,7 +93,7 @@ impl Remote {
             Next::Ended { outcome, unsent } => {
                 unsent.inspect(|&len| self.peer.unreserve(len));
                 let (op, bytes) = (self.transfer.op(), self.transfer.bytes());
-                let _ = outcome.inspect(|&took| shared.remote_rates.record(bytes, took));
+                let _ = outcome.inspect(|&took| shared.rates.record(bytes, took));
                 match &shared.counts {
                     Some(counts) if self.is_chunk => counts.chunk_over(op, bytes, outcome),
                     Some(counts) => counts.over(self.peer.tally(), op, bytes, outcome),

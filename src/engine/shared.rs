@@ -26,8 +26,8 @@ pub(super) struct Shared {
     /// Nothing is received, because the application takes no notifications.
     pub full: AtomicBool,
     pub copies: LocalCopies,
-    pub local_rates: Rates,
-    pub remote_rates: Rates,
+    /// Of transfers with peers.
+    pub rates: Rates,
     /// Where metrics are served.
     pub counts: Option<TransferCounts>,
     /// Counts posts and registrations, so that equal ones take turns on the rails.

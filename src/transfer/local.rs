@@ -53,7 +53,6 @@ impl LocalPiece {
 #[derive(Debug)]
 pub struct LocalTransfer {
     pieces: Vec<LocalPiece>,
-    bytes: u64,
     state: PostState,
     cursor: Mutex<Cursor>,
 }
@@ -106,13 +105,7 @@ impl Cursor {
 impl LocalTransfer {
     /// A request that was never posted.
     pub fn new(pieces: Vec<LocalPiece>) -> Self {
-        let bytes = pieces.iter().map(|p| p.len).sum();
-        Self { pieces, bytes, state: PostState::default(), cursor: Mutex::default() }
-    }
-
-    /// Bytes moved by one post.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
+        Self { pieces, state: PostState::default(), cursor: Mutex::default() }
     }
 
     /// Begins a post; to be followed by [`LocalCopies::push`].
