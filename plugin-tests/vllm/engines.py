@@ -1,33 +1,30 @@
-"""The runner's side of an engine: where vLLM is, the environment and options of an engine's process, commands and answers."""
+"""The runner's side of an engine: options and environment that every engine has, its process, commands and answers."""
 
 import json
 import os
 import select
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "e2e"))
-
-from bed.places import Host  # noqa: E402
-
-import model  # noqa: E402
-import setup  # noqa: E402
 
 BLOCK_TOKENS = 32
-# Keys and values of one block, in float32.
-BLOCK_BYTES = 2 * model.LAYERS * model.KV_HEADS * model.HEAD_DIM * BLOCK_TOKENS * 4
 START_DEADLINE_S = 300
 ANSWER_DEADLINE_S = 180
 QUIT_DEADLINE_S = 60
 
+# vLLM's; what depends on the machine is with its place (cpus.py, gpu/place.py).
 OPTIONS = {
-    "model": str(setup.MODEL), "tokenizer": str(setup.MODEL), "dtype": "float32", "enforce_eager": True,
-    "max_model_len": model.POSITIONS, "block_size": BLOCK_TOKENS, "kv_cache_memory_bytes": 256 * BLOCK_BYTES,
-    "max_num_seqs": 32, "enable_prefix_caching": False, "disable_log_stats": False, "seed": 1,
+    "dtype": "float32", "enforce_eager": True, "block_size": BLOCK_TOKENS, "max_num_seqs": 32, "enable_prefix_caching": False,
+    "disable_log_stats": False, "seed": 1,
+}
+# For an engine of two workers (tensor parallel). vLLM's own all-reduce takes a GPU for each.
+TWO_WORKERS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "disable_custom_all_reduce": True}
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO",
+    "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
 }
 
 
@@ -39,53 +36,43 @@ class Silent(Exception):
     """The engine gave no answer within its deadline."""
 
 
-def kv_config(connector, role, backend, policy="fail"):
+def kv_config(connector, role, backend, policy="fail", device="cpu"):
     return {
-        "kv_connector": connector, "kv_role": role, "kv_buffer_device": "cpu", "kv_load_failure_policy": policy,
+        "kv_connector": connector, "kv_role": role, "kv_buffer_device": device, "kv_load_failure_policy": policy,
         "kv_connector_extra_config": {"backends": [backend]},
     }
 
 
-def environment(plugin, side_port):
-    """What an engine's process runs with: `ours` as an operator would have it, in a folder with NIXL's other plugins."""
-    settings = Host(plugin=plugin).environment()
-    settings.pop("PYTHONDONTWRITEBYTECODE", None)
-    settings |= {
-        "PYTHONPATH": "", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO",
-        "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_port),
-    }
-    if plugin == "ours":
-        settings["NIXL_PLUGIN_DIR"] = str(setup.PLUGINS)
-    if plugin == "stock":
-        # The newest NIXL whose own plugin runs on a libfabric that can be installed here, and the CUDA runtime it is linked to.
-        settings["PYTHONPATH"] = str(setup.STOCK)
-        settings["LD_LIBRARY_PATH"] += f":{setup.cuda_runtime()}"
-    return settings
-
-
 class Engine:
-    """A process with an engine; use `start` on several before `ready` on each, and they start side by side."""
+    """A process with an engine; make several before `ready` on each, and they start side by side."""
 
-    def __init__(self, name, folder, kv=None, plugin="ours", side_port=5600, enter=()):
-        self.name, self.log = name, folder / f"{name}.log"
+    def __init__(self, place, name, folder, kv=None, plugin="ours", side_port=5600, enter=(), settings=None, options=None,
+                 held=False, flags=()):
+        self.name, self.log, self.pid = name, folder / f"{name}.log", None
         self.text, self.numbers, self.answers = b"", 0, {}
         reading, writing = os.pipe()
-        options = OPTIONS | ({"kv_transfer_config": kv} if kv else {})
+        options = place.options | (options or {}) | ({"kv_transfer_config": kv} if kv else {})
         command = [
-            *enter, str(setup.PYTHON), str(HERE / "engine.py"), "--answers", str(writing), "--options", json.dumps(options),
-            *(["--leave-hard"] if "UCX" in json.dumps(kv) else []),
+            *enter, str(place.python), str(HERE / "engine.py"), "--answers", str(writing), "--options", json.dumps(options),
+            *(["--leave-hard"] if "UCX" in json.dumps(kv) else []), *(["--held"] if held else []), *flags,
         ]
         with open(self.log, "wb") as output:
             self.process = subprocess.Popen(
-                command, env=environment(plugin, side_port), stdin=subprocess.PIPE, stdout=output, stderr=output,
-                pass_fds=[writing], cwd=folder,
+                command, env=place.environment(plugin, side_port) | (settings or {}), stdin=subprocess.PIPE, stdout=output,
+                stderr=output, pass_fds=[writing], cwd=folder,
             )
         os.close(writing)
         self.reading = reading
 
+    def go(self):
+        """Lets an engine that was started `held` begin: it has imported vLLM and done nothing else."""
+        self.process.stdin.write(b"\n")
+        self.process.stdin.flush()
+        return self
+
     def ready(self):
-        self.pid = self.wait(0, START_DEADLINE_S)["pid"]
+        if not self.pid:
+            self.pid = self.wait(0, START_DEADLINE_S)["pid"]
         return self
 
     # Commands
@@ -106,7 +93,8 @@ class Engine:
                 raise Silent(f"{self.name}: no answer in {deadline} s; its log: {self.log}")
             read = os.read(self.reading, 1 << 16)
             if not read:
-                raise Dead(f"{self.name}: ended with {self.process.wait(30)}; its log: {self.log}")
+                status, last = self.process.wait(30), self.log_text().strip().rpartition("\n")[2]
+                raise Dead(f"{self.name}: ended with {status}: {last[:200]}; its log: {self.log}")
             *lines, self.text = (self.text + read).split(b"\n")
             for line in lines:
                 answer = json.loads(line)
@@ -128,6 +116,9 @@ class Engine:
 
     def metrics(self):
         return self.wait(self.send("metrics"))["metrics"]
+
+    def transfers(self):
+        return self.wait(self.send("transfers"))["transfers"]
 
     def blocks_return(self, deadline):
         """Whether all blocks are free in time; a request makes the engine look at its notifications, as any request does."""
@@ -162,8 +153,11 @@ class Engine:
         self.process.wait(30)
 
     def quit(self):
-        """The exit status of an orderly end."""
+        """Asks for an orderly end; `ended` tells its exit status, None if it did not come."""
         self.send("quit")
+        return self
+
+    def ended(self):
         try:
             return self.process.wait(QUIT_DEADLINE_S)
         except subprocess.TimeoutExpired:

@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 import setup
-from engines import OPTIONS, START_DEADLINE_S, Dead, Silent, environment
+from cpus import CPUS
+from engines import START_DEADLINE_S, Dead, Silent
 
 ANSWER_DEADLINE_S = 180
 END_DEADLINE_S = 60
@@ -45,11 +46,11 @@ def arguments(options):
 
 
 class Server:
-    def __init__(self, name, folder, kv, side_port, enter=(), plugin="ours", options=OPTIONS):
+    def __init__(self, name, folder, kv, side_port, enter=(), plugin="ours", options=CPUS.options):
         self.name, self.log = name, folder / f"{name}.log"
         self.place = tempfile.TemporaryDirectory(prefix="vllm-")  # a socket's path is limited to 107 bytes
         self.socket = f"{self.place.name}/http"
-        settings = environment(plugin, side_port) | {"VLLM_HOST_IP": "127.0.0.1"}
+        settings = CPUS.environment(plugin, side_port) | {"VLLM_HOST_IP": "127.0.0.1"}
         del settings["VLLM_ENABLE_V1_MULTIPROCESSING"]
         command = [
             *enter, str(setup.PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--uds", self.socket, *arguments(options),

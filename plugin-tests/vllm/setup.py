@@ -87,7 +87,7 @@ def install_stock(_):
 
 
 def install_model(_):
-    run(PYTHON, HERE / "model.py", MODEL)
+    run(PYTHON, HERE / "model.py", "small", MODEL)
 
 
 def items():

@@ -13,7 +13,8 @@ import tomllib
 import urllib.request
 
 import setup
-from engines import HERE, OPTIONS, environment, kv_config
+from cpus import CPUS
+from engines import HERE, kv_config
 from servers import Server
 
 # Run by vLLM's Python.
@@ -88,7 +89,7 @@ class Run:
     def __init__(self, case, agents, plugin, only=()):
         again = "-again" if only else ""
         self.log, self.results = (case.folder / f"{agents}-{plugin}{again}.{kind}" for kind in ("log", "json"))
-        settings = environment(plugin, 5600) | {
+        settings = CPUS.environment(plugin, 5600) | {
             "PYTHONPATH": f"{TESTS}:{PYTHON_PACKAGES}:{INSIDE}", "HF_HOME": str(MODELS), "VLLM_CPU_KVCACHE_SPACE": "1",
             "UPSTREAM_BACKEND": BACKENDS[plugin], "UPSTREAM_AGENTS": agents, "UPSTREAM_RESULTS": str(self.results),
         }
@@ -173,7 +174,7 @@ def edge_with(case, plugin):
     folder = case.folder / plugin
     folder.mkdir()
     servers, helpers = [], []
-    settings = environment(plugin, 5600) | {name: str(port) for name, port in PORTS.items()} | {
+    settings = CPUS.environment(plugin, 5600) | {name: str(port) for name, port in PORTS.items()} | {
         "PYTHONPATH": str(PYTHON_PACKAGES), "PREFILL_HOST": "127.0.0.1", "DECODE_HOST": "127.0.0.1", "PROXY_HOST": "127.0.0.1",
     }
 
@@ -187,7 +188,7 @@ def edge_with(case, plugin):
         for name, side_port in (("prefill", 5600), ("decode", 5601)):
             servers.append(Server(
                 name, folder, kv_config("NixlConnector", "kv_both", BACKENDS[plugin]), side_port, inside, plugin,
-                OPTIONS | {"enable_prefix_caching": True}))
+                CPUS.options | {"enable_prefix_caching": True}))
         prefill, decode = (server.ready() for server in servers)
         helpers.append(run("relay", INSIDE / "relay.py", PORTS["PREFILL_PORT"], prefill.socket, PORTS["DECODE_PORT"], decode.socket))
         helpers.append(run("proxy", PROXY, "--port", PORTS["PROXY_PORT"], "--prefiller-hosts", "127.0.0.1", "--decoder-hosts", "127.0.0.1",
