@@ -12,7 +12,7 @@ EFA_TESTS := $(patsubst %,plugin-tests/e2e/test_%.py,efa transfer notify release
 EFA_LONG  := seventy or in_each_phase or failed_operation or test_sizes or both_directions or small_descriptors \
              or (progress-off and (unequal_hosts or random_lists or repost or in_flight or first_operation))
 
-.PHONY: help setup plugin softefa install-plugins wheel test-wheel demo test check unit e2e e2e-core e2e-versions e2e-efa e2e-efa-all soak test-vllm bench bench-first cost docs test-arm64 test-docs
+.PHONY: help setup plugin softefa install-plugins wheel test-wheel demo test check unit e2e e2e-core e2e-versions e2e-efa e2e-efa-all soak test-vllm vllm-gpu-bundle bench bench-first cost docs test-arm64 test-docs
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -89,6 +89,9 @@ soak: setup plugin softefa ## random work on software EFA devices until it is st
 test-vllm: setup plugin softefa ## vLLM on CPUs, prefill and decode in two engines: 6.5 GB outside the build tree; ARGS="pull kill unit"
 	python3 plugin-tests/vllm/setup.py
 	$(PYTHON) plugin-tests/vllm/run.py $(ARGS)
+
+vllm-gpu-bundle: setup plugin ## vLLM, NIXL and ours for a machine with a GPU: MACHINE=<output of gpu/probe.py> DEST=<folder>
+	$(PYTHON) plugin-tests/vllm/gpu/pack.py "$(MACHINE)" "$(DEST)" $(ARGS)
 
 bench: setup plugin softefa ## ours beside the stock plugin and UCX: ARGS="--network efa:4"; Markdown, JSON and SVG in target/bench
 	$(PYTHON) benches/compare.py $(ARGS)
