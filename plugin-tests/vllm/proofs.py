@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import time
 from pathlib import Path
@@ -124,7 +125,7 @@ def prove_plugin(case, engines, backend, provider):
         libfabrics = {Path(path).resolve() for path in files if Path(path).name.startswith("libfabric.so")}
         others = [path for path in files if "/libplugin_" in path and Path(path).resolve() != file.resolve()]
         well &= any(Path(path).resolve() == file.resolve() for path in files) and len(libfabrics) == 1 and not others
-        lines = [line for line in engine.log_text().splitlines() if "nixl-libfabric agent" in line and f"provider {provider}" in line]
+        lines = [line for line in engine.log_text().splitlines() if re.search(rf"nixl-libfabric agent [^:]+: libfabric .*provider {provider}", line)]
         well &= len(lines) == 1
         rails = lines[0].split(", ", 1)[1].split(", topology")[0] if lines else "no line in the log"
     case.proof("our file is mapped", well, f"{file.name} and one libfabric in both processes; log: {rails}")

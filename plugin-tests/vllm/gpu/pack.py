@@ -52,7 +52,7 @@ BLANKED = {
     "vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so": False,
 }
 # Of NIXL, what its Python bindings and UCX's plugin link; UCX opens its transports by name.
-NIXL_ROOTS = ["nixl_cu13/*.so", ".nixl_cu13.mesonpy.libs/plugins/libplugin_UCX.so", "nixl_cu13.libs/ucx/*.so.0"]
+NIXL_ROOTS = ["nixl_cu13/*.so", ".nixl_cu13.mesonpy.libs/plugins/libplugin_UCX.so", "nixl_cu13.libs/ucx/*.so.0*"]
 NIXL_NEVER = ["*perftest*", "*mlx5_gdp*"]
 SOURCES = ["plugin-tests/vllm", "plugin-tests/e2e/bed", "plugin-tests/setup"]
 
