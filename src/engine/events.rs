@@ -8,8 +8,8 @@ use super::remote;
 use super::shared::Shared;
 use crate::error::{Error, Result};
 use crate::peer::{Introduction, Outgoing, Peer, Released};
-use crate::rail::{Event, Tag};
-use crate::types::AgentName;
+use crate::rail::{Event, Message, Tag};
+use crate::types::{AgentName, RailId};
 use crate::wire::stock::final_writes;
 use crate::wire::{Body, ConnectionInfo, ControlMessage, Handshake, Immediate, StockFragment};
 
@@ -71,6 +71,10 @@ impl Shared {
                 }
                 Ok(())
             }
+            Event::MessageLost { message, rail, error } => {
+                self.send_again(message, rail, error, next);
+                Ok(())
+            }
             Event::Failed => {
                 for peer in self.peers.all() {
                     peer.tell_failure();
@@ -92,6 +96,24 @@ impl Shared {
         };
         if let Err(e) = outcome {
             self.refused(&e);
+        }
+    }
+
+    /// A message was lost between a rail and an endpoint of its peer. Which of them it was is not known, so it goes from
+    /// another rail to another endpoint, where there are such.
+    fn send_again(&self, mut message: Message, rail: RailId, error: Error, next: &mut Vec<Event>) {
+        let outgoing = Arc::clone(&message.tag).downcast::<Outgoing>();
+        let diverted = outgoing.ok().and_then(|out| out.peer().divert(&out, &message.destination, &error));
+        let rails = &self.local.rails;
+        let (before, after) = rails.split_at(rail.index() + 1);
+        let other = after.iter().chain(before).find(|other| other.failure().is_none());
+        match other.zip(diverted) {
+            Some((other, to)) if other.id() != rail || to != message.destination => {
+                message.destination = to;
+                other.send(message);
+                self.vram.within(|| other.drive(self.has_room(), next));
+            }
+            _ => self.on_message_over(message.tag, Err(error), next),
         }
     }
 

@@ -27,6 +27,8 @@ use crate::types::RailId;
 use crate::wire::blob::capability;
 use crate::wire::{ConnectionInfo, EndpointName, Extension, Handshake, HandshakeExtension};
 
+/// Receives on rails to which peers send only when the first has failed.
+const SPARE_RECEIVES: u32 = 16;
 /// Operations in flight on a rail of a software provider.
 const SOFTWARE_OPERATIONS: u32 = 8192;
 
@@ -179,7 +181,7 @@ fn open_rail(
         (true, _) => (config.control_recv_buffers as u32).max(efa::receives_min(device)),
         // Writes with immediate data use up receives there.
         (false, true) => (device.rx_size() as u32).clamp(1, 512),
-        (false, false) => efa::receives_min(device),
+        (false, false) => efa::receives_min(device).max(SPARE_RECEIVES),
     };
     let limits = RailLimits {
         receive_buffers: receives,

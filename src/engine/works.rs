@@ -59,6 +59,8 @@ impl Works {
             && self.last_tick.compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
         {
             self.tick();
+            // Peers' messages come in at any rail, once one was lost.
+            self.drive_all();
         }
     }
 

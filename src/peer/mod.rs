@@ -12,7 +12,7 @@ mod table;
 mod tally;
 mod wires;
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -40,7 +40,7 @@ pub struct Local {
     pub name: AgentName,
     /// Our connection info.
     pub conn_info: Vec<u8>,
-    /// Our rails; peers send control messages to the first.
+    /// Our rails; peers send control messages to the first, and ours to another when that has failed.
     pub rails: Vec<Arc<Rail>>,
     /// Sessions given out; only grows, also over restarts.
     pub sessions: AtomicU64,
@@ -94,6 +94,8 @@ pub struct Peer {
     pending: Pending,
     /// Its endpoints that have failed.
     retired: [AtomicU64; 2],
+    /// Where its control messages go, unless it has retired that.
+    inlet: AtomicU16,
     /// Hellos that have not left: another one would only stand behind them.
     hellos_unsent: AtomicU32,
     tally: Tally,
@@ -166,6 +168,7 @@ impl Peer {
             session_now: AtomicU64::new(0),
             pending: Pending::new(local.pending_bytes_max),
             retired: Default::default(),
+            inlet: AtomicU16::new(0),
             hellos_unsent: AtomicU32::new(0),
             tally: Tally::default(),
             local: Arc::clone(local),
@@ -196,6 +199,35 @@ impl Peer {
     pub fn has_retired(&self, endpoint: u16) -> bool {
         let word = self.retired.get(endpoint as usize / 64);
         word.is_some_and(|word| word.load(Ordering::Relaxed) >> (endpoint % 64) & 1 == 1)
+    }
+
+    /// The endpoint for its control messages: another than the first only of an agent of ours, which receives at all.
+    fn inlet(&self) -> u16 {
+        let (first, count) = (self.inlet.load(Ordering::Relaxed), self.endpoints.len() as u16);
+        if self.extension().is_none() {
+            return first;
+        }
+        (0..count).map(|i| (first + i) % count).find(|&i| !self.has_retired(i)).unwrap_or(first)
+    }
+
+    /// A message was lost on its way to an endpoint. Where it goes now, if that helps: once, because each way that leads
+    /// nowhere costs as long as a NIC tries.
+    pub fn divert(&self, outgoing: &Outgoing, to: &Destination, why: &Error) -> Option<Destination> {
+        if self.extension().is_none() || outgoing.is_diverted() || self.check().is_err() {
+            return None;
+        }
+        let from = self.inlet();
+        if self.endpoints[from as usize] == *to {
+            self.inlet.store((from + 1) % self.endpoints.len() as u16, Ordering::Relaxed);
+            let next = self.inlet();
+            if next != from {
+                log::warn!(
+                    "messages to {} go to its endpoint {next}: at endpoint {from} one was lost: {why}",
+                    self.name
+                );
+            }
+        }
+        Some(self.destination(self.inlet()))
     }
 
     /// One of our rails has failed: says so, if the peer was greeted at all.

@@ -1,6 +1,6 @@
 //! The two wires: how a notification becomes control messages for a peer of ours, and for the C++ plugin.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::link::{Link, Theirs};
@@ -22,6 +22,7 @@ pub struct Outgoing {
     /// Its number at a stock peer, which waits for all fragments.
     stock_id: Option<(Arc<Mutex<StockIds>>, u16)>,
     is_hello: bool,
+    diverted: AtomicBool,
 }
 
 impl Outgoing {
@@ -33,6 +34,11 @@ impl Outgoing {
     /// The transfer that it follows.
     pub fn of(&self) -> Option<&Tag> {
         self.of.as_ref()
+    }
+
+    /// Whether it was sent another way before; from now on it was.
+    pub(super) fn is_diverted(&self) -> bool {
+        self.diverted.swap(true, Ordering::Relaxed)
     }
 
     /// It has left, or not.
@@ -135,7 +141,8 @@ impl Peer {
                 let immediate = Immediate::StockNotification { index: theirs.index as u8, id }.encode();
                 (Box::new((cursor, immediate)), Some((Arc::clone(&state.stock_ids), id)))
             };
-        self.hand_over(content, Outgoing { peer: Arc::clone(self), bytes, of, stock_id, is_hello: false });
+        let (peer, diverted) = (Arc::clone(self), AtomicBool::new(false));
+        self.hand_over(content, Outgoing { peer, bytes, of, stock_id, is_hello: false, diverted });
         Ok(())
     }
 
@@ -166,13 +173,14 @@ impl Peer {
             of: None,
             stock_id: None,
             is_hello: matches!(immediate, Immediate::StockHandshake { .. }),
+            diverted: AtomicBool::new(false),
         };
         (Box::new(Single { message, immediate, sent: false }), outgoing)
     }
 
     /// Leaves a message for the rail of control messages.
     pub(super) fn hand_over(&self, content: Box<dyn Fragments>, outgoing: Outgoing) {
-        let destination = self.destination(0);
+        let destination = self.destination(self.inlet());
         self.local.control_rail().send(Message { destination, content, tag: Arc::new(outgoing) });
     }
 

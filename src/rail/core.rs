@@ -205,7 +205,7 @@ impl Core {
         self.now = Instant::now();
         let mut handled = self.take_in(inbox, events);
         if self.failure.is_some() {
-            return handled + self.wind_down(events);
+            return handled + self.wind_down(room, events);
         }
         if !self.close_batch(events) {
             return handled;
@@ -258,7 +258,7 @@ impl Core {
                     Ok(destination) => match self.destinations.get(destination).deaf.clone() {
                         Some(deaf) => {
                             self.destinations.release(destination);
-                            events.push(message.over(Err(deaf)));
+                            events.push(Event::MessageLost { message, rail: self.id, error: deaf });
                         }
                         None => self.messages.push(destination, message),
                     },
@@ -289,14 +289,16 @@ impl Core {
     pub(super) fn poll(&mut self, room: bool, events: &mut Vec<Event>) -> usize {
         let mut handled = 0;
         for turn in 1..=POLLS_PER_TURN {
-            if self.failure.is_none() {
-                if room && let Err(e) = self.receives.post(&mut self.endpoint) {
+            // On a device that has failed only for what the provider has kept: elsewhere it gives them back at once.
+            if room && (self.failure.is_none() || self.quirks.keeps_messages) {
+                let posted = self.receives.post(&mut self.endpoint);
+                if let (Err(e), None) = (posted, &self.failure) {
                     self.fail(&e, events);
                     return handled;
                 }
-                if self.quirks.keeps_messages && self.receives.are_used_up() {
-                    return handled;
-                }
+            }
+            if self.quirks.keeps_messages && self.receives.are_used_up() {
+                return handled;
             }
             let mut completions = std::mem::take(&mut self.completions);
             let outcome = self.endpoint.poll(&mut completions);

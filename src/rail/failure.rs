@@ -66,9 +66,9 @@ impl Core {
     }
 
     /// One turn of a rail that has failed: what is in flight ends, and what was not done goes back to its work.
-    pub(super) fn wind_down(&mut self, events: &mut Vec<Event>) -> usize {
+    pub(super) fn wind_down(&mut self, room: bool, events: &mut Vec<Event>) -> usize {
         let is_silent = self.failure.as_ref().is_none_or(|failure| failure.silent);
-        let handled = if is_silent { 0 } else { self.poll(false, events) };
+        let handled = if is_silent { 0 } else { self.poll(room, events) };
         // What was just polled may have changed it.
         let Some(Failure { since, silent, .. }) = self.failure else { return handled };
         let waited = self.now.duration_since(since);

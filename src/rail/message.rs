@@ -40,6 +40,14 @@ impl Fragments for Resumed {
         *fragment = bytes;
         Some(immediate)
     }
+
+    fn begin_anew(&mut self) -> bool {
+        let anew = self.rest.begin_anew();
+        if anew {
+            self.first = None;
+        }
+        anew
+    }
 }
 
 /// A control message for one destination.
@@ -76,10 +84,31 @@ struct Active {
 }
 
 impl Active {
-    /// Nothing of it has left, and may go over another rail.
-    fn returned(self, rail: RailId, destination: Destination, error: Error) -> Event {
+    /// Begins anew, if nothing of it has left or its receiver minds nothing that comes twice. Says whether it did.
+    fn begin_anew(&mut self) -> bool {
+        if !self.begun {
+            return true;
+        }
+        let anew = self.content.begin_anew();
+        if anew {
+            self.put_off = None;
+        }
+        anew
+    }
+
+    /// What is left of it to send.
+    fn unsent(self, destination: Destination) -> Message {
         let content = Box::new(Resumed { first: self.put_off, rest: self.content });
-        Event::MessageReturned { message: Message { destination, content, tag: self.tag }, rail, error }
+        Message { destination, content, tag: self.tag }
+    }
+
+    /// It did not reach its destination.
+    fn lost(mut self, rail: RailId, destination: Destination, error: Error) -> Event {
+        if self.begin_anew() {
+            Event::MessageLost { message: self.unsent(destination), rail, error }
+        } else {
+            self.over(Err(error))
+        }
     }
 
     fn over(self, result: Result<()>) -> Event {
@@ -114,6 +143,9 @@ pub(super) struct Messages {
     numbered: bool,
     active: Slab<Active>,
     queues: HashMap<DestinationKey, VecDeque<usize>>,
+    /// Where messages are numbered: those of which all has left, in their order. One is over when those before it are,
+    /// because the loss of one is that of all behind it, also of what has completed.
+    sent: HashMap<DestinationKey, VecDeque<usize>>,
     turns: VecDeque<DestinationKey>,
     scratch: Vec<u8>,
 }
@@ -136,6 +168,7 @@ impl Messages {
             in_flight: vec![Slot::Free; count as usize],
             active: Slab::new(),
             queues: HashMap::new(),
+            sent: HashMap::new(),
             turns: VecDeque::new(),
             scratch: Vec::with_capacity(MESSAGE_BYTES_MAX),
         })
@@ -165,8 +198,11 @@ impl Messages {
         assert_eq!(of_messages, outstanding as usize, "buffers of messages; fragments in flight");
         for (key, _) in &self.active {
             let message = &self.active[key];
+            let holds = |queues: &HashMap<DestinationKey, VecDeque<usize>>| {
+                queues.get(&message.destination).is_some_and(|queue| queue.contains(&key))
+            };
             assert!(
-                message.outstanding > 0 || self.queues[&message.destination].contains(&key),
+                message.outstanding > 0 || holds(&self.queues) || holds(&self.sent),
                 "message {key} rests"
             );
         }
@@ -246,6 +282,9 @@ impl Messages {
                 Ok(Some(fragment)) => fragment,
                 Ok(None) => {
                     self.queues.get_mut(&destination).expect("it was just read").pop_front();
+                    if self.numbered {
+                        self.sent.entry(destination).or_default().push_back(key);
+                    }
                     self.settle(key, destinations, events);
                     continue;
                 }
@@ -278,9 +317,11 @@ impl Messages {
                     self.queues.get_mut(&destination).expect("it was just read").pop_front();
                     let to = destinations.get(destination).name.clone();
                     destinations.release(destination);
-                    events.push(message.returned(self.rail, to, e.into()));
+                    let (message, rail, error) = (message.unsent(to), self.rail, e.into());
+                    events.push(Event::MessageReturned { message, rail, error });
                 }
                 Err(e) => {
+                    message.put_off = Some((self.scratch.clone(), immediate));
                     message.exhausted = true;
                     message.error = Some(e.into());
                 }
@@ -367,15 +408,12 @@ impl Messages {
         destinations: &mut Destinations,
         events: &mut Vec<Event>,
     ) {
-        self.queues.remove(&destination);
+        let unsent = self.queues.remove(&destination).unwrap_or_default();
+        let sent = self.sent.remove(&destination).unwrap_or_default();
         self.turns.retain(|&turn| turn != destination);
-        let Some(deaf) = destinations.get(destination).deaf.clone() else { return };
-        let given_up: Vec<usize> = self
-            .active
-            .iter()
-            .filter(|(_, message)| message.destination == destination)
-            .map(|(key, _)| key)
-            .collect();
+        let entry = destinations.get(destination);
+        let (name, Some(deaf)) = (entry.name.clone(), entry.deaf.clone()) else { return };
+        let given_up: Vec<usize> = sent.into_iter().chain(unsent).collect();
         for slot in &mut self.in_flight {
             if matches!(*slot, Slot::Of(key) if given_up.contains(&key)) {
                 *slot = Slot::Abandoned(destination);
@@ -386,7 +424,7 @@ impl Messages {
             let mut message = self.active.remove(key);
             destinations.release(destination);
             let error = message.error.take().unwrap_or_else(|| deaf.clone());
-            events.push(message.over(Err(error)));
+            events.push(message.lost(self.rail, name.clone(), error));
         }
     }
 
@@ -397,16 +435,44 @@ impl Messages {
             .is_some_and(|&front| front == key)
     }
 
-    /// Ends a message of which nothing is left to send, once nothing of it is in flight.
+    /// Ends a message of which nothing is left to send, once nothing of it is in flight, nor, where messages are numbered,
+    /// of those before it.
     fn settle(&mut self, key: usize, destinations: &mut Destinations, events: &mut Vec<Event>) {
-        let message = &self.active[key];
-        if !message.exhausted || message.outstanding > 0 {
+        let is_over = |message: &Active| message.exhausted && message.outstanding == 0;
+        if !is_over(&self.active[key]) {
             return;
         }
+        if !self.numbered {
+            return self.end(key, destinations, events);
+        }
+        let destination = self.active[key].destination;
+        while let Some(sent) = self.sent.get_mut(&destination) {
+            match sent.front() {
+                Some(&first) if is_over(&self.active[first]) => {
+                    sent.pop_front();
+                    self.end(first, destinations, events);
+                }
+                Some(_) => return,
+                None => {
+                    self.sent.remove(&destination);
+                }
+            }
+        }
+    }
+
+    fn end(&mut self, key: usize, destinations: &mut Destinations, events: &mut Vec<Event>) {
         let mut message = self.active.remove(key);
-        destinations.release(message.destination);
-        let result = message.error.take().map_or(Ok(()), Err);
-        events.push(message.over(result));
+        events.push(match message.error.take() {
+            None => {
+                destinations.release(message.destination);
+                message.over(Ok(()))
+            }
+            Some(error) => {
+                let to = destinations.get(message.destination).name.clone();
+                destinations.release(message.destination);
+                message.lost(self.rail, to, error)
+            }
+        });
     }
 
     /// The rail has failed: gives messages back of which nothing has left, and those that may come twice. Others end with
@@ -414,6 +480,7 @@ impl Messages {
     pub fn hand_back(&mut self, error: &Error, destinations: &mut Destinations, events: &mut Vec<Event>) {
         self.turns.clear();
         self.queues.clear();
+        self.sent.clear();
         for slot in &mut self.in_flight {
             if let Slot::Of(key) = *slot {
                 let destination = self.active[key].destination;
@@ -424,14 +491,11 @@ impl Messages {
         for mut message in self.active.drain() {
             let to = destinations.get(message.destination).name.clone();
             destinations.release(message.destination);
-            let anew = message.begun && message.content.begin_anew();
-            if anew {
-                message.put_off = None;
-            }
-            events.push(if message.begun && !anew {
-                message.over(Err(error.clone()))
+            events.push(if message.begin_anew() {
+                let (message, rail, error) = (message.unsent(to), self.rail, error.clone());
+                Event::MessageReturned { message, rail, error }
             } else {
-                message.returned(self.rail, to, error.clone())
+                message.over(Err(error.clone()))
             });
         }
     }
@@ -440,10 +504,12 @@ impl Messages {
     pub fn fail_all(&mut self, error: &Error, events: &mut Vec<Event>) {
         self.turns.clear();
         self.queues.clear();
+        self.sent.clear();
         self.in_flight.fill(Slot::Free);
         events.extend(self.active.drain().map(|message| message.over(Err(error.clone()))));
     }
 
+    /// Nothing is in flight to a destination, and it takes nothing.
     fn fail_front(
         &mut self,
         destination: DestinationKey,
@@ -452,19 +518,17 @@ impl Messages {
         events: &mut Vec<Event>,
     ) {
         let Some(key) = self.queues.get_mut(&destination).and_then(VecDeque::pop_front) else { return };
-        let message = &mut self.active[key];
-        message.put_off = None;
-        message.exhausted = true;
-        message.error = Some(error);
-        self.settle(key, destinations, events);
+        destinations.release(destination);
+        events.push(self.active.remove(key).over(Err(error)));
     }
 }
 
 /// Why a destination hears no more.
 fn deafened(error: &Error) -> Error {
     Error::disconnected(format!(
-        "a message to it was lost, and the efa provider delivers none that come after it: restart that agent or this one \
-         (the fabric efa-direct has no such limit). The message was lost to: {error}"
+        "a message to an endpoint of it was lost, and the efa provider delivers none that come after it from this rail there. \
+         With no other way left, restart that agent or this one (the fabric efa-direct has no such limit). The message was \
+         lost to: {error}"
     ))
 }
 

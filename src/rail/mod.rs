@@ -62,6 +62,16 @@ pub enum Event {
         /// Why not.
         error: Error,
     },
+    /// A message did not reach its destination, and may be sent again: nothing of it has left, or its receiver minds
+    /// nothing that comes twice.
+    MessageLost {
+        /// The message.
+        message: Message,
+        /// The rail.
+        rail: RailId,
+        /// Why.
+        error: Error,
+    },
     /// The rail has failed: see [`Rail::failure`].
     Failed,
     /// Every fragment of a message has left, or one could not.
@@ -95,7 +105,7 @@ pub enum Event {
 /// Sizes and deadlines of a rail.
 #[derive(Debug, Clone)]
 pub struct RailLimits {
-    /// Receive buffers of [`MESSAGE_BYTES_MAX`] kept posted; 0 on rails where no control message arrives.
+    /// Receive buffers of [`MESSAGE_BYTES_MAX`] kept posted.
     pub receive_buffers: u32,
     /// Control messages in flight.
     pub send_buffers: u32,

@@ -542,7 +542,9 @@ impl State {
     /// The sender is told.
     fn complete(&mut self, id: FlightId, error: Option<(i32, i32)>) {
         let Some(flight) = self.flights.get_mut(&id) else { return };
-        if flight.completed {
+        // Lost on the way: nobody has acknowledged it.
+        let is_lost = flight.what == What::Send && flight.landed && flight.pieces_left > 0;
+        if flight.completed || (is_lost && error.is_none()) {
             return;
         }
         flight.completed = true;

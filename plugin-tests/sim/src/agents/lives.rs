@@ -98,14 +98,15 @@ impl Play {
         self.note(format!("{i} stands still for {ms} ms"));
     }
 
-    /// A NIC fails. Not the first: what is for the agent itself comes in there.
+    /// A NIC fails. One of the same number is spared on every host, so that each two have a way.
     pub(super) fn break_rail(&mut self) {
         let i = self.rng.index(self.agents.len());
         if self.engine(i).is_none() {
             return;
         }
         let host = self.agents[i].host;
-        let place = self.rng.within(1, self.plan.rails as u64 - 1) as usize;
+        let place =
+            (self.plan.spared + self.rng.within(1, self.plan.rails as u64 - 1) as usize) % self.plan.rails;
         let how = self.rng.pick(&[Breakage::Flushes, Breakage::Refuses]);
         self.note(format!("rail {place} of {i} fails: {how:?}"));
         self.world.state().break_endpoint(host, place, how);

@@ -49,8 +49,10 @@ pub struct Plan {
     pub deaths: bool,
     /// Whether agents stand still for a while.
     pub pauses: bool,
-    /// Whether NICs fail, but an agent's first.
+    /// Whether NICs fail.
     pub breaks: bool,
+    /// The NIC of each host that does not.
+    pub spared: usize,
     options: BTreeMap<String, String>,
     delay_ns: u64,
     tx_size: usize,
@@ -98,6 +100,7 @@ impl Plan {
             deaths: rng.chance(200),
             pauses: rng.chance(300),
             breaks: false,
+            spared: 0,
             options: numbers.iter().map(|(key, value)| ((*key).to_owned(), value.to_string())).collect(),
             delay_ns: rng.pick(&[1_000, 20_000, 20_000, 500_000]),
             tx_size: rng.pick(&[4, 16, 300, 1024]),
@@ -105,6 +108,7 @@ impl Plan {
         };
         // A software provider's writes may arrive after they have failed, so they are not done anew.
         plan.breaks = plan.rails > 1 && !profile.orders_writes && rng.chance(400);
+        plan.spared = rng.index(plan.rails);
         plan
     }
 }

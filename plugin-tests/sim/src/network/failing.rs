@@ -1,6 +1,6 @@
 //! NICs that fail, endpoints that are closed and hosts that die: what becomes of that which is under way.
 
-use super::{Event, FlightId, What};
+use super::{Event, Flight, FlightId, What};
 use crate::clock;
 use crate::world::{Breakage, State};
 
@@ -24,6 +24,14 @@ impl State {
         let ep = self.endpoints_of(host).nth(place).expect("it has so many");
         if self.eps[ep].closed || self.eps[ep].broken.is_some() {
             return;
+        }
+        if how == Breakage::Flushes {
+            // What this NIC has acknowledged its host has: the sender is told that it has left.
+            let here = |f: &Flight| f.what == What::Send && f.target == Some(ep) && !f.landed && !f.swallowed;
+            let is_acknowledged = |f: &Flight| here(f) && (f.completed || f.pieces_left == 0);
+            let acknowledged: Vec<_> =
+                self.flights.iter().filter(|(_, f)| is_acknowledged(f)).map(|(id, _)| *id).collect();
+            acknowledged.into_iter().for_each(|id| self.arrive(id));
         }
         self.eps[ep].broken = Some(how);
         if how == Breakage::Flushes {

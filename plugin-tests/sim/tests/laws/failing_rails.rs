@@ -97,6 +97,89 @@ fn notifications_under_way_on_a_rail_that_fails_come_once() {
     }
 }
 
+/// The NIC at which peers' messages come in fails, and its owner does not notice: what was under way goes to another of its
+/// NICs, and so does all that follows, each once and after its data.
+#[test]
+fn messages_for_a_rail_that_fails_come_over_another() {
+    for profile in [EFA, EFA_DIRECT] {
+        for seed in 0..30 {
+            let what = format!("{} seed {seed}", profile.fabric);
+            let mut group = Group::unconnected(seed, 3, profile, 2, OPTIONS);
+            for (i, j) in [(0, 1), (1, 0), (2, 1), (1, 2)] {
+                group.load(i, j);
+            }
+            group.live(20);
+            let (host, name) = (group.agents[1].host, group.agents[1].name.clone());
+            let notes: Vec<Vec<u8>> = (1..40u8).map(|i| vec![i; usize::from(i % 7) * 3000 + 1]).collect();
+            for (at, note) in notes.iter().enumerate() {
+                group.engine(0).send_notification(&name, note).unwrap();
+                if at == 20 {
+                    group.live(seed as usize % 5);
+                    group.world.state().break_endpoint(host, 0, Breakage::Flushes);
+                }
+            }
+            // Who was silent until then gets through, too.
+            group.engine(2).send_notification(&name, b"late").unwrap();
+            let all = |group: &mut Group| {
+                notes.iter().all(|note| group.got(1, note) > 0) && group.got(1, b"late") > 0
+            };
+            let came = group.live_until(1_000, all);
+            let missing: Vec<_> =
+                notes.iter().filter(|note| group.got(1, note) == 0).map(|n| (n[0], n.len())).collect();
+            assert!(came, "{what} {missing:?}");
+            // It finds its NIC dead when it has something to send there, and says so.
+            let own = group.prepare(Op::Write, 1, 0, &[(0, 140_000)]).unwrap();
+            for _ in 0..2 {
+                group.engine(1).post_xfer(&own, None).unwrap();
+                assert_eq!(group.finish(1, &own), Ok(Status::Success), "{what}");
+            }
+            group.live(50);
+            for turn in 0..6u8 {
+                let note = [turn; 70];
+                group.agents[0].arena.fill(0, 9_000, u64::from(turn) + 5);
+                let request = group.write(0, 1, (0, 9_000), Some(&note));
+                assert!(group.live_until(1_000, |group| group.got(1, &note) > 0), "{what}");
+                let there = group.agents[1].arena.differs(0, 9_000, u64::from(turn) + 5);
+                assert_eq!(there, None, "{what}: a notification came before its data");
+                assert_eq!(group.finish(0, &request), Ok(Status::Success), "{what}");
+            }
+            group.live_until(100, |_| false);
+            assert!(notes.iter().all(|note| group.got(1, note) == 1), "{what}");
+            drop(own);
+            group.close();
+        }
+    }
+}
+
+/// The efa fabric delivers no message behind a lost one, also if it has said that it left. Where there is another way, nobody
+/// notices.
+#[test]
+fn messages_behind_a_lost_one_come_another_way() {
+    for seed in 0..40 {
+        let mut group = Group::unconnected(seed, 2, EFA, 2, OPTIONS);
+        group.load(0, 1);
+        group.load(1, 0);
+        group.live(20);
+        let name = group.agents[1].name.clone();
+        let notes: Vec<[u8; 9]> = (0..30u8).map(|i| [i; 9]).collect();
+        for (at, note) in notes.iter().enumerate() {
+            if at == 10 {
+                group.world.state().faults.sends_to_fail = 1;
+            }
+            group.engine(0).send_notification(&name, note).unwrap();
+            group.live(seed as usize % 3);
+        }
+        let all = |group: &mut Group| notes.iter().all(|note| group.got(1, note) > 0);
+        assert!(group.live_until(1_000, all), "seed {seed}");
+        let request = group.write(0, 1, (0, 64), Some(b"behind"));
+        assert_eq!(group.finish(0, &request), Ok(Status::Success), "seed {seed}");
+        assert!(group.live_until(100, |group| group.got(1, b"behind") == 1), "seed {seed}");
+        assert!(notes.iter().all(|note| group.got(1, note) == 1), "seed {seed}");
+        drop(request);
+        group.close();
+    }
+}
+
 /// Peers are told of a rail that has failed, and use its endpoint no more; what was prepared before goes on, too.
 #[test]
 fn peers_are_told_of_a_rail_that_has_failed() {
