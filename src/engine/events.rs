@@ -30,10 +30,9 @@ impl Shared {
                 self.on_event(event, &mut next);
             }
             // Messages that were left there: notifications, answers to handshakes.
-            let control = self.local.control_rail();
-            if control.has_mail() {
+            for rail in self.local.message_rails().iter().filter(|rail| rail.has_mail()) {
                 if pass < PASSES_MAX {
-                    self.vram.within(|| control.drive(self.has_room(), &mut next));
+                    self.vram.within(|| rail.drive(self.has_room(), &mut next));
                 } else {
                     self.wake();
                 }
@@ -51,7 +50,11 @@ impl Shared {
                 Ok(())
             }
             Event::WorkOver { work } => {
-                self.part_over(work.tag(), work.error().map_or(Ok(()), Err), next);
+                let outcome = work.error().map_or(Ok(()), Err);
+                if let (Ok(()), Some(transfer)) = (&outcome, remote::of_tag(work.tag())) {
+                    transfer.work_done(&work, self);
+                }
+                self.part_over(work.tag(), outcome, next);
                 Ok(())
             }
             Event::WorkLeft { work, error } => {
@@ -61,9 +64,13 @@ impl Shared {
                 Ok(())
             }
             Event::MessageReturned { message, rail, error } => {
-                // Each rail is tried once.
-                let others = &self.local.rails[rail.index() + 1..];
-                if let Some(other) = others.iter().find(|other| other.failure().is_none()) {
+                let (before, after) = self.local.rails.split_at(rail.index() + 1);
+                let mut others = after.iter().chain(before).filter(|other| other.id() != rail);
+                let other = others.find(|other| other.failure().is_none());
+                // As often as there are others.
+                let outgoing = Arc::clone(&message.tag).downcast::<Outgoing>().ok();
+                let may = outgoing.is_some_and(|out| out.returns() + 1 < self.local.rails.len());
+                if let Some(other) = other.filter(|_| may) {
                     other.send(message);
                     self.vram.within(|| other.drive(self.has_room(), next));
                 } else {
@@ -99,22 +106,15 @@ impl Shared {
         }
     }
 
-    /// A message was lost between a rail and an endpoint of its peer. Which of them it was is not known, so it goes from
-    /// another rail to another endpoint, where there are such.
+    /// A message was lost between a rail and an endpoint of its peer.
     fn send_again(&self, mut message: Message, rail: RailId, error: Error, next: &mut Vec<Event>) {
-        let outgoing = Arc::clone(&message.tag).downcast::<Outgoing>();
-        let diverted = outgoing.ok().and_then(|out| out.peer().divert(&out, &message.destination, &error));
-        let rails = &self.local.rails;
-        let (before, after) = rails.split_at(rail.index() + 1);
-        let other = after.iter().chain(before).find(|other| other.failure().is_none());
-        match other.zip(diverted) {
-            Some((other, to)) if other.id() != rail || to != message.destination => {
-                message.destination = to;
-                other.send(message);
-                self.vram.within(|| other.drive(self.has_room(), next));
-            }
-            _ => self.on_message_over(message.tag, Err(error), next),
-        }
+        let outgoing = Arc::clone(&message.tag).downcast::<Outgoing>().ok();
+        let way =
+            outgoing.as_ref().and_then(|out| out.peer().divert(out, rail, &message.destination, &error));
+        let Some((other, to)) = way else { return self.on_message_over(message.tag, Err(error), next) };
+        message.destination = to;
+        other.send(message);
+        self.vram.within(|| other.drive(self.has_room(), next));
     }
 
     /// Transfers no longer wait for their peer.

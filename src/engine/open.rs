@@ -66,6 +66,7 @@ pub(super) fn open(
         pending_bytes_max: config.pending_bytes_max,
         introduces: found.devices.iter().any(efa::is_direct),
         unanswered: AtomicU64::new(0),
+        has_diverted: AtomicBool::new(false),
         rails,
     });
     let works = Arc::new(Works::new(Shared {

@@ -53,20 +53,31 @@ impl Remote {
     pub fn begin(self: &Arc<Self>, shared: &Shared, events: &mut Vec<Event>) {
         let tag = Arc::clone(self) as Tag;
         let rails = &shared.local.rails;
-        let launched = self.transfer.launch(&tag, shared.turn(), rails, |lane| self.way(lane, shared));
+        let prefer = |lane: Lane| !self.peer.avoids(lane.rail, lane.endpoint);
+        let way = |lane| self.way(lane, shared);
+        let launched = self.transfer.launch(&tag, shared.turn(), rails, way, prefer);
         self.part_over(if launched { Ok(()) } else { Err(no_rail(shared)) }, shared, events);
     }
 
     /// A lane has left work of the transfer: others take over.
     pub fn go_on(&self, work: &Arc<Work>, why: Error, shared: &Shared, events: &mut Vec<Event>) {
         let rails = &shared.local.rails;
-        if !self.transfer.go_on(work, rails, |lane| self.way(lane, shared)) {
+        let prefer = |lane: Lane| !self.peer.avoids(lane.rail, lane.endpoint);
+        if !self.transfer.go_on(work, rails, |lane| self.way(lane, shared), prefer) {
             self.fail(why.context("no other rail is left for it"), events);
             return;
         }
         let room = shared.inbox.has_room();
         for rail in self.transfer.rails() {
             shared.vram.within(|| rails[rail.index()].drive(room, events));
+        }
+    }
+
+    /// Work is done: lanes that did not reach the peer are the worse for it, because others did.
+    pub fn work_done(&self, work: &Arc<Work>, shared: &Shared) {
+        for (lane, why) in self.transfer.lost(work) {
+            let rail = &shared.local.rails[lane.rail.index()];
+            self.peer.avoid(lane.rail, lane.endpoint, rail.device().domain_name(), &why);
         }
     }
 

@@ -70,9 +70,9 @@ impl Shared {
         room
     }
 
-    /// Drives the rail of control messages, where something was just left.
+    /// Drives the rails of control messages, where something was just left.
     pub fn kick(&self) {
-        self.drive_after([self.local.control_rail().id()].into_iter(), Vec::new());
+        self.drive_after(self.local.message_rails().iter().map(|rail| rail.id()), Vec::new());
     }
 
     /// Drives these rails once each, on which work was just left, and acts on what happened and on `events`.
@@ -91,11 +91,12 @@ impl Shared {
         }
     }
 
-    /// Drives these rails, and the one for control messages, once each.
+    /// Drives these rails, and those for control messages, once each.
     pub fn drive_some(&self, rails: impl Iterator<Item = RailId>) -> usize {
-        let control = self.local.control_rail();
-        let others = rails.filter(|rail| *rail != control.id()).map(|rail| &self.local.rails[rail.index()]);
-        self.drive_rails(std::iter::once(control).chain(others))
+        let control = self.local.message_rails();
+        let is_other = |rail: &RailId| control.iter().all(|control| control.id() != *rail);
+        let others = rails.filter(is_other).map(|rail| &self.local.rails[rail.index()]);
+        self.drive_rails(control.iter().chain(others))
     }
 
     /// Drives these rails once each, and acts on what happened.

@@ -229,10 +229,11 @@ pub(super) fn configure(
     reaches_gpus
 }
 
-/// Says once in the log if these NICs cannot write, as those of a p4d; `get` gives a flag of the endpoint.
-pub(super) fn tell_of_emulation(get: impl FnOnce(c_int) -> Option<bool>) {
+/// Whether this NIC cannot write, as those of a p4d, which is said once in the log; `get` gives a flag of the endpoint.
+pub(super) fn emulates_writes(get: impl FnOnce(c_int) -> Option<bool>) -> bool {
     static ONCE: Once = Once::new();
-    if !ONCE.is_completed() && get(sys::FI_OPT_EFA_EMULATED_WRITE) == Some(true) {
+    let emulates = get(sys::FI_OPT_EFA_EMULATED_WRITE) == Some(true);
+    if emulates {
         ONCE.call_once(|| {
             log::info!(
                 "these EFA devices have no RDMA write: libfabric has the peer's software fetch what is written \
@@ -240,6 +241,7 @@ pub(super) fn tell_of_emulation(get: impl FnOnce(c_int) -> Option<bool>) {
             );
         });
     }
+    emulates
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ use super::shares::Shares;
 use super::slots::Slots;
 use crate::error::{Error, Result};
 use crate::sys::libfabric as sys;
+use crate::types::Op;
 
 /// Longest endpoint name in bytes. EFA's has 32, a socket address 28; strings are longer.
 pub(super) const NAME_BYTES_MAX: usize = 256;
@@ -69,6 +70,7 @@ pub struct Endpoint {
     /// See [`Endpoint::open_batch`].
     pub(super) open_batch: Option<u32>,
     pub(super) orders_writes: bool,
+    emulates_writes: bool,
     wait_fd: Option<RawFd>,
     reaches_gpus: bool,
     // Last: what is above is closed before its domain.
@@ -126,9 +128,8 @@ impl Endpoint {
             });
         // SAFETY: FI_ENABLE takes no argument.
         unsafe { ep.control("fi_enable", sys::FI_ENABLE, ptr::null_mut())? };
-        if efa::is_efa(device.provider()) {
-            efa::tell_of_emulation(|option| get_flag(&ep, option));
-        }
+        let is_efa = efa::is_efa(device.provider());
+        let emulates_writes = is_efa && efa::emulates_writes(|option| get_flag(&ep, option));
         Ok(Self {
             ep,
             eq,
@@ -139,6 +140,7 @@ impl Endpoint {
             shares: Shares::default(),
             open_batch: None,
             orders_writes: device.orders_writes(),
+            emulates_writes,
             wait_fd,
             reaches_gpus,
             occupied,
@@ -154,6 +156,13 @@ impl Endpoint {
     /// take GPU memory, and carry it through the processor in packets of 8 KB, each copied by CUDA.
     pub fn reaches_gpus(&self) -> bool {
         self.reaches_gpus
+    }
+
+    /// Whether an operation that has failed is over for the NIC. A write that efa emulates is several packets, and fails with
+    /// the first of them (prov/efa/src/rdm/efa_rdm_pke_cmd.c, `efa_rdm_pke_handle_tx_error`, 1.22 to 2.6); what the NIC does
+    /// itself is one work request.
+    pub fn ends_with_failure(&self, op: Op) -> bool {
+        op == Op::Read || !self.emulates_writes
     }
 
     /// Operations in flight, receives included.

@@ -4,6 +4,7 @@
 //! whoever called acts on that.
 #![forbid(unsafe_code)]
 
+mod avoided;
 mod former;
 mod introduction;
 mod link;
@@ -16,6 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use self::avoided::{Avoided, REST};
 use self::former::Agreement;
 pub use self::introduction::Introduction;
 use self::link::Link;
@@ -27,7 +29,7 @@ use crate::error::{Error, Result, Status};
 use crate::fabric::efa::NETWORK_HELP;
 use crate::notify::{Limits, Receiver, StockIds};
 use crate::rail::{Destination, Rail, Tag};
-use crate::types::{AgentName, PeerId};
+use crate::types::{AgentName, PeerId, RailId};
 use crate::wire::immediate::STOCK_PEERS_MAX;
 use crate::wire::{Body, ConnectionInfo, Extension, Handshake, HandshakeExtension, Immediate};
 
@@ -50,6 +52,8 @@ pub struct Local {
     pub notif_bytes_max: u64,
     /// Bytes of notifications waiting for one peer.
     pub pending_bytes_max: u64,
+    /// Messages of some peer go another way than over the [control rail](Self::control_rail).
+    pub has_diverted: AtomicBool,
     /// A device takes RDMA only from endpoints that it was told of.
     pub introduces: bool,
     /// How often a peer did not answer in time.
@@ -60,6 +64,14 @@ impl Local {
     /// The rail that carries control messages: the first that works.
     pub fn control_rail(&self) -> &Arc<Rail> {
         self.rails.iter().find(|rail| rail.failure().is_none()).unwrap_or(&self.rails[0])
+    }
+
+    /// The rails over which messages go.
+    pub fn message_rails(&self) -> &[Arc<Rail>] {
+        if self.has_diverted.load(Ordering::Relaxed) {
+            return &self.rails;
+        }
+        std::slice::from_ref(self.control_rail())
     }
 
     /// The endpoints that peers should not use any more.
@@ -94,8 +106,9 @@ pub struct Peer {
     pending: Pending,
     /// Its endpoints that have failed.
     retired: [AtomicU64; 2],
-    /// Where its control messages go, unless it has retired that.
-    inlet: AtomicU16,
+    /// How often the way of its control messages has changed; see [`way`](Self::way).
+    diversions: AtomicU16,
+    avoided: Avoided,
     /// Hellos that have not left: another one would only stand behind them.
     hellos_unsent: AtomicU32,
     tally: Tally,
@@ -168,7 +181,8 @@ impl Peer {
             session_now: AtomicU64::new(0),
             pending: Pending::new(local.pending_bytes_max),
             retired: Default::default(),
-            inlet: AtomicU16::new(0),
+            diversions: AtomicU16::new(0),
+            avoided: Avoided::default(),
             hellos_unsent: AtomicU32::new(0),
             tally: Tally::default(),
             local: Arc::clone(local),
@@ -201,33 +215,66 @@ impl Peer {
         word.is_some_and(|word| word.load(Ordering::Relaxed) >> (endpoint % 64) & 1 == 1)
     }
 
-    /// The endpoint for its control messages: another than the first only of an agent of ours, which receives at all.
-    fn inlet(&self) -> u16 {
-        let (first, count) = (self.inlet.load(Ordering::Relaxed), self.endpoints.len() as u16);
-        if self.extension().is_none() {
-            return first;
+    /// A rail here did not reach one of its endpoints, and others reached it.
+    pub fn avoid(&self, rail: RailId, endpoint: u16, device: &str, why: &Error) {
+        if self.avoided.add(rail, endpoint, Instant::now()) {
+            log::warn!(
+                "rail {rail} on {device} does not reach endpoint {endpoint} of {}, while others reach it: {why}. It is left \
+                 out for {} s, then tried again. Look at the links of both devices",
+                self.name,
+                REST.as_secs()
+            );
         }
-        (0..count).map(|i| (first + i) % count).find(|&i| !self.has_retired(i)).unwrap_or(first)
     }
 
-    /// A message was lost on its way to an endpoint. Where it goes now, if that helps: once, because each way that leads
-    /// nowhere costs as long as a NIC tries.
-    pub fn divert(&self, outgoing: &Outgoing, to: &Destination, why: &Error) -> Option<Destination> {
+    /// Whether a rail is to be left out for one of its endpoints.
+    pub fn avoids(&self, rail: RailId, endpoint: u16) -> bool {
+        self.avoided.holds(rail, endpoint)
+    }
+
+    /// The way of its control messages: a rail that works, and an endpoint that it has not retired. At first the first of
+    /// both; of an agent of ours, which receives at each of its endpoints, the next of both after each diversion.
+    fn way(&self) -> (&Arc<Rail>, u16) {
+        let (rails, endpoints) = (&self.local.rails, self.endpoints.len());
+        let diversions = self.diversions.load(Ordering::Relaxed) as usize;
+        let turned = |count: usize| (0..count).map(move |i| (diversions + i) % count);
+        let rail = turned(rails.len()).find(|&i| rails[i].failure().is_none()).unwrap_or(0);
+        let endpoint = turned(endpoints).find(|&i| self.extension().is_none() || !self.has_retired(i as u16));
+        (&rails[rail], endpoint.unwrap_or(0) as u16)
+    }
+
+    /// A message was lost on its way. Gives another, if there is one, and if it was not sent again before: a way that leads
+    /// nowhere costs as long as a NIC tries. Whether rail or endpoint is to blame is not known, so both change.
+    pub fn divert(
+        &self,
+        outgoing: &Outgoing,
+        rail: RailId,
+        to: &Destination,
+        why: &Error,
+    ) -> Option<(&Arc<Rail>, Destination)> {
         if self.extension().is_none() || outgoing.is_diverted() || self.check().is_err() {
             return None;
         }
-        let from = self.inlet();
-        if self.endpoints[from as usize] == *to {
-            self.inlet.store((from + 1) % self.endpoints.len() as u16, Ordering::Relaxed);
-            let next = self.inlet();
-            if next != from {
+        let is_same = |(other, endpoint): (&Arc<Rail>, u16)| {
+            other.id() == rail && self.endpoints[endpoint as usize] == *to
+        };
+        // A rail that takes no messages has passed it on: what tells is the endpoint, where there are several.
+        let (first, endpoint) = self.way();
+        let is_way = self.endpoints[endpoint as usize] == *to;
+        if is_way && (self.endpoints.len() > 1 || first.id() == rail) {
+            self.local.has_diverted.store(true, Ordering::Relaxed);
+            self.diversions.fetch_add(1, Ordering::Relaxed);
+            let (other, endpoint) = self.way();
+            if !is_same((other, endpoint)) {
                 log::warn!(
-                    "messages to {} go to its endpoint {next}: at endpoint {from} one was lost: {why}",
-                    self.name
+                    "messages to {} go over rail {} to its endpoint {endpoint}: over rail {rail} one was lost: {why}",
+                    self.name,
+                    other.id()
                 );
             }
         }
-        Some(self.destination(self.inlet()))
+        let way = self.way();
+        (!is_same(way)).then(|| (way.0, self.destination(way.1)))
     }
 
     /// One of our rails has failed: says so, if the peer was greeted at all.

@@ -1,6 +1,6 @@
 //! The two wires: how a notification becomes control messages for a peer of ours, and for the C++ plugin.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::link::{Link, Theirs};
@@ -23,6 +23,7 @@ pub struct Outgoing {
     stock_id: Option<(Arc<Mutex<StockIds>>, u16)>,
     is_hello: bool,
     diverted: AtomicBool,
+    returned: AtomicUsize,
 }
 
 impl Outgoing {
@@ -39,6 +40,11 @@ impl Outgoing {
     /// Whether it was sent another way before; from now on it was.
     pub(super) fn is_diverted(&self) -> bool {
         self.diverted.swap(true, Ordering::Relaxed)
+    }
+
+    /// A rail did not take it: how often that was so before.
+    pub fn returns(&self) -> usize {
+        self.returned.fetch_add(1, Ordering::Relaxed)
     }
 
     /// It has left, or not.
@@ -141,8 +147,8 @@ impl Peer {
                 let immediate = Immediate::StockNotification { index: theirs.index as u8, id }.encode();
                 (Box::new((cursor, immediate)), Some((Arc::clone(&state.stock_ids), id)))
             };
-        let (peer, diverted) = (Arc::clone(self), AtomicBool::new(false));
-        self.hand_over(content, Outgoing { peer, bytes, of, stock_id, is_hello: false, diverted });
+        let (peer, diverted, returned) = (Arc::clone(self), AtomicBool::new(false), AtomicUsize::new(0));
+        self.hand_over(content, Outgoing { peer, bytes, of, stock_id, is_hello: false, diverted, returned });
         Ok(())
     }
 
@@ -174,14 +180,16 @@ impl Peer {
             stock_id: None,
             is_hello: matches!(immediate, Immediate::StockHandshake { .. }),
             diverted: AtomicBool::new(false),
+            returned: AtomicUsize::new(0),
         };
         (Box::new(Single { message, immediate, sent: false }), outgoing)
     }
 
-    /// Leaves a message for the rail of control messages.
+    /// Leaves a message for the rail that it goes over.
     pub(super) fn hand_over(&self, content: Box<dyn Fragments>, outgoing: Outgoing) {
-        let destination = self.destination(self.inlet());
-        self.local.control_rail().send(Message { destination, content, tag: Arc::new(outgoing) });
+        let (rail, endpoint) = self.way();
+        let destination = self.destination(endpoint);
+        rail.send(Message { destination, content, tag: Arc::new(outgoing) });
     }
 
     /// Whether what a message says of its session is of the connection as it is now.

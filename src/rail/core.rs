@@ -64,6 +64,8 @@ pub(super) struct Core {
     pub(super) shares: Slab<Share>,
     /// Shares with something to claim or to post.
     pub(super) turns: VecDeque<usize>,
+    /// Shares that leave their work as soon as nothing of it can arrive late.
+    pub(super) resting: Vec<usize>,
     completions: Vec<Completion>,
     quirks: Quirks,
     /// Whether everything that completes has arrived, however it was asked for.
@@ -153,6 +155,7 @@ impl Core {
             window: Window::default(),
             shares: Slab::new(),
             turns: VecDeque::new(),
+            resting: Vec::new(),
             completions: Vec::with_capacity(64),
             now: Instant::now(),
             looked: Instant::now(),
@@ -220,6 +223,7 @@ impl Core {
                 events,
             );
             handled += self.post_shares(events);
+            handled += self.look_after_resting(events);
             self.look_around(events);
         }
         if cfg!(debug_assertions) && self.failure.is_none() {
@@ -240,7 +244,9 @@ impl Core {
                     handled += 1;
                 }
                 Command::Work(Invitation { work, lane, .. }) if self.failure.is_some() => {
-                    if let Some(error) = self.failure().cloned().filter(|_| work.give_back(lane, None, 0)) {
+                    if let Some(error) =
+                        self.failure().cloned().filter(|_| work.give_back(lane, None, 0, None))
+                    {
                         events.push(Event::WorkLeft { work, error });
                     }
                 }
@@ -391,6 +397,14 @@ impl Core {
         if self.failure.is_none() {
             self.destinations.get(share.destination).completed(Some(&error), self.now);
             let work = Arc::clone(&share.work);
+            if self.may_be_lost(key as usize, &error) {
+                self.completed(key as usize, 1, bytes);
+                let share = &self.shares[key as usize];
+                if share.posted == 0 && !share.queued {
+                    self.end_share(key as usize, events);
+                }
+                return;
+            }
             // Other rails may go on with theirs; what is in flight here settles as it completes.
             work.fail(error, events);
             self.settled(key as usize, 1, bytes, events);
@@ -434,7 +448,7 @@ impl Core {
         if self.shares[key].leaving.is_none() {
             self.remove_share(key);
         } else if self.failure.is_none() {
-            self.leave(key, events);
+            self.leave_in_time(key, events);
         }
     }
 

@@ -3,7 +3,8 @@
 //! An operation that has completed is over, in error too: the NIC sends nothing more of it. So what a share has claimed is
 //! given back when nothing of the share is in flight any more. On a device that has failed, that is when the NIC has given
 //! up everything, or when the endpoint is closed; and then as long as a packet may live, so that nothing of the earlier
-//! attempt lands when the transfer is done.
+//! attempt lands when the transfer is done. A share that does not reach its peer leaves in the same way: whether the peer is
+//! gone, or only this way to it, the other lanes tell.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -47,6 +48,7 @@ impl Core {
         let why = Error::new(Status::Backend, format!("rail {} on {device} has failed: {why}", self.id));
         self.failure = Some(Failure { why: why.clone(), since: self.now, silent: false });
         self.turns.clear();
+        self.resting.clear();
         for (_, share) in &mut self.shares {
             share.leaving.get_or_insert_with(|| Box::new(why.clone()));
         }
@@ -135,6 +137,43 @@ impl Core {
         }
     }
 
+    /// An operation of a share was given up because its peer does not answer. Others may do what it has claimed, and tell by
+    /// that whether the peer is gone. False where that cannot be.
+    pub(super) fn may_be_lost(&mut self, key: usize, error: &Error) -> bool {
+        let anew = self.can_begin_anew(key) && self.endpoint.ends_with_failure(self.shares[key].work.op());
+        let share = &mut self.shares[key];
+        if !anew || error.status() != Status::RemoteDisconnect || share.work.is_stopped() {
+            return false;
+        }
+        share.given_up = Some(self.now);
+        share.leaving.get_or_insert_with(|| Box::new(error.clone()));
+        true
+    }
+
+    /// Whether something that a share's NIC has sent of what it gave up may arrive yet, and matter.
+    fn may_land(&self, key: usize) -> bool {
+        let share = &self.shares[key];
+        let lives = |at| self.now.duration_since(at) < PACKET_LIFETIME;
+        share.given_up.is_some_and(lives) && !share.work.is_stopped()
+    }
+
+    /// A share that holds nothing in flight leaves its work as soon as it may.
+    pub(super) fn leave_in_time(&mut self, key: usize, events: &mut Vec<Event>) {
+        if self.may_land(key) {
+            self.resting.push(key);
+        } else {
+            self.leave(key, events);
+        }
+    }
+
+    /// Looks after the shares that are to leave. Returns how many did.
+    pub(super) fn look_after_resting(&mut self, events: &mut Vec<Event>) -> usize {
+        let resting = std::mem::take(&mut self.resting);
+        let count = resting.len();
+        resting.into_iter().for_each(|key| self.leave_in_time(key, events));
+        count - self.resting.len()
+    }
+
     /// Whether others may do what a share has claimed. Not where what completed need not have arrived and may arrive late,
     /// if anything was posted.
     fn can_begin_anew(&self, key: usize) -> bool {
@@ -148,6 +187,7 @@ impl Core {
         let share = &mut self.shares[key];
         let (work, lane) = (share.work.clone(), share.lane);
         let Some(error) = share.leaving.take() else { return };
+        let lost = share.given_up.map(|_| (*error).clone());
         let mut held = std::mem::take(&mut share.held);
         if held.settled == held.len() {
             held.clear();
@@ -155,7 +195,7 @@ impl Core {
         self.remove_share(key);
         if !anew {
             work.fail(*error, events);
-        } else if work.give_back(lane, held.ranges(), held.settled) {
+        } else if work.give_back(lane, held.ranges(), held.settled, lost) {
             events.push(Event::WorkLeft { work, error: *error });
             return;
         }
@@ -172,6 +212,7 @@ impl Core {
     }
 
     fn end_shares(&mut self, error: &Error, events: &mut Vec<Event>) {
+        self.resting.clear();
         for (key, share) in std::mem::take(&mut self.shares) {
             self.endpoint.end(key as u32);
             share.work.fail(error.clone(), events);

@@ -230,10 +230,11 @@ impl Messages {
             error: None,
             put_off: None,
         });
-        let queue = self.queues.entry(destination).or_default();
-        if queue.is_empty() {
+        let queue = self.queues.entry(destination).or_insert_with(|| {
+            // An empty queue has a turn, too, until that finds it so.
             self.turns.push_back(destination);
-        }
+            VecDeque::new()
+        });
         queue.push_back(key);
     }
 

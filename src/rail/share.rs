@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::destination::DestinationKey;
 use super::work::{Invitation, Work};
@@ -26,6 +27,8 @@ pub(super) struct Share {
     pub held: Held,
     /// Nothing more is posted, and what was not done goes back to the work, because of this.
     pub leaving: Option<Box<Error>>,
+    /// When its NIC last gave up an operation because it could not reach the peer.
+    pub given_up: Option<Instant>,
 }
 
 /// How a share has been supplied with operations.
@@ -51,6 +54,7 @@ impl Share {
             fed: Fed::NotYet,
             held: Held::default(),
             leaving: None,
+            given_up: None,
         }
     }
 

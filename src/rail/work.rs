@@ -36,6 +36,8 @@ struct Claims {
     returned: Vec<Range<u32>>,
     /// Lanes that have returned theirs.
     left: Vec<u16>,
+    /// Those of them that did not reach the peer, with the reason.
+    lost: Vec<(u16, Error)>,
     error: Option<Error>,
 }
 
@@ -54,6 +56,7 @@ impl Work {
                 next: 0,
                 returned: Vec::new(),
                 left: Vec::new(),
+                lost: Vec::new(),
                 error: None,
             }),
             tag,
@@ -146,12 +149,14 @@ impl Work {
     }
 
     /// A lane leaves: what it has claimed and what is not all known to be done is nobody's again. `settled` of that were
-    /// said to be settled, not all. False if the work was stopped: then what is not settled has to be.
+    /// said to be settled, not all. `lost` says why it does not reach the peer, if that is so. False if the work was stopped:
+    /// then what is not settled has to be.
     pub(super) fn give_back(
         &self,
         lane: u16,
         ranges: impl IntoIterator<Item = Range<u32>>,
         settled: u32,
+        lost: Option<Error>,
     ) -> bool {
         let mut claims = self.lock();
         if self.is_stopped() {
@@ -159,9 +164,15 @@ impl Work {
         }
         claims.returned.extend(ranges);
         claims.left.push(lane);
+        claims.lost.extend(lost.map(|why| (lane, why)));
         // Under the lock: whoever stops the work comes before, and is seen, or settles what was returned.
         self.settled.fetch_sub(settled, Ordering::AcqRel);
         true
+    }
+
+    /// The lanes that did not reach the peer, with the reason.
+    pub fn lost(&self) -> Vec<(u16, Error)> {
+        self.lock().lost.clone()
     }
 
     /// Whether there is something to claim, now that a lane has left.

@@ -32,6 +32,15 @@ pub fn pair_lanes(rails: &[RailId], keys: &[Option<u64>]) -> (Vec<Lane>, Vec<u64
         .unzip()
 }
 
+/// Whether a lane may lead to a peer that these did not lead to: whether one device that has failed, here or there, would
+/// explain all of them, and the lane does without it. What takes two devices to explain is a peer that is gone.
+pub fn may_lead(lost: &[Lane], lane: Lane) -> bool {
+    let Some(first) = lost.first() else { return true };
+    let all_of_rail = lost.iter().all(|other| other.rail == first.rail);
+    let all_of_endpoint = lost.iter().all(|other| other.endpoint == first.endpoint);
+    all_of_rail && lane.rail != first.rail || all_of_endpoint && lane.endpoint != first.endpoint
+}
+
 /// How large pieces are cut.
 #[derive(Debug, Clone, Copy)]
 pub struct Cutting {

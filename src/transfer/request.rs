@@ -127,8 +127,8 @@ impl Transfer {
     }
 
     /// Invites rails to the work of a post: as many as it deserves, beginning at a place that `turn` decides. `tag` comes back
-    /// when a part of it is over. `way` tells where a lane leads, if it can be used. False if there is work that no lane
-    /// can be used for.
+    /// when a part of it is over. `way` tells where a lane leads, if it can be used, `prefer` whether it should be. False if
+    /// there is work that no lane can be used for.
     #[must_use]
     pub fn launch(
         &self,
@@ -136,6 +136,7 @@ impl Transfer {
         turn: usize,
         rails: &[Arc<Rail>],
         way: impl Fn(Lane) -> Option<Destination>,
+        prefer: impl Fn(Lane) -> bool,
     ) -> bool {
         // While the post is in use of its registrations, their regions stay.
         let lists = self.lists.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -151,23 +152,44 @@ impl Transfer {
         }
         self.lanes.iter().zip(works).all(|(lanes, work)| {
             let count = plan::rails_worth(work.len() as usize, work.bytes(), lanes.all.len());
-            lanes.invite(&work, turn % lanes.all.len(), count, rails, |_, lane| way(lane))
+            let first = turn % lanes.all.len();
+            lanes.invite(&work, first, count, rails, |_, lane| way(lane).filter(|_| prefer(lane)))
+                || lanes.invite(&work, first, count, rails, |_, lane| way(lane))
         })
     }
 
-    /// Invites other lanes to work that one has left, as [`launch`](Self::launch) does. False if none is left.
+    /// Invites other lanes to work that one has left, as [`launch`](Self::launch) does. False if none is left, or those that
+    /// did not reach the peer say that none will.
     #[must_use]
     pub fn go_on(
         &self,
         work: &Arc<Work>,
         rails: &[Arc<Rail>],
         way: impl Fn(Lane) -> Option<Destination>,
+        prefer: impl Fn(Lane) -> bool,
     ) -> bool {
         let set = self.lock().works.iter().position(|known| Arc::ptr_eq(known, work));
         let Some(lanes) = set.map(|set| &self.lanes[set]).filter(|_| work.wants_rails()) else { return true };
-        lanes.invite(work, 0, lanes.all.len(), rails, |index, lane| {
-            way(lane).filter(|_| !work.was_left_by(index))
-        })
+        let lost: Vec<Lane> = work.lost().iter().map(|(index, _)| lanes.all[*index as usize]).collect();
+        let way = |index, lane| way(lane).filter(|_| !work.was_left_by(index) && plan::may_lead(&lost, lane));
+        // One that has nothing in common with those.
+        let is_fresh = |lane: Lane| {
+            prefer(lane) && !lost.iter().any(|lost| lost.rail == lane.rail || lost.endpoint == lane.endpoint)
+        };
+        let count = lanes.all.len();
+        lanes.invite(work, 0, count, rails, |index, lane| way(index, lane).filter(|_| is_fresh(lane)))
+            || lanes.invite(work, 0, count, rails, way)
+    }
+
+    /// The lanes that did not reach the peer for work that others have done, with the reason.
+    pub fn lost(&self, work: &Arc<Work>) -> Vec<(Lane, Error)> {
+        let lost = work.lost();
+        if lost.is_empty() {
+            return Vec::new();
+        }
+        let set = self.lock().works.iter().position(|known| Arc::ptr_eq(known, work));
+        let Some(lanes) = set.map(|set| &self.lanes[set]) else { return Vec::new() };
+        lost.into_iter().map(|(index, why)| (lanes.all[index as usize], why)).collect()
     }
 
     /// The rails that the last post took.

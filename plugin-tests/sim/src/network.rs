@@ -56,6 +56,8 @@ pub(crate) struct Flight {
     pub swallowed: bool,
     /// Its next piece is held up on the way.
     pub late: bool,
+    /// What has left for it lands, although it is given up.
+    pub lingers: bool,
     /// It is to fail when this many pieces are left.
     pub fails: Option<u32>,
 }
@@ -263,7 +265,7 @@ impl State {
         let (what, len, source, target) = (flight.what, flight.local.1, flight.source, flight.target);
         let (confirmed, message) = (flight.delivery_complete, flight.what == What::Send);
         let reachable = target.filter(|&t| self.is_reachable(t));
-        if reachable.is_none() {
+        if reachable.is_none() || self.eps[source].broken == Some(Breakage::CutOff) {
             self.fail_unreachable(id);
             return;
         }
@@ -333,7 +335,8 @@ impl State {
 
     fn is_reachable(&self, ep: usize) -> bool {
         let ep = &self.eps[ep];
-        !ep.closed && ep.broken != Some(Breakage::Flushes) && !self.host_is_dead(ep.host)
+        let is_gone = matches!(ep.broken, Some(Breakage::Flushes | Breakage::CutOff));
+        !ep.closed && !is_gone && !self.host_is_dead(ep.host)
     }
 
     /// A piece of data lands; or a message reaches its target.
@@ -551,7 +554,7 @@ impl State {
         if error.is_none() && flight.what != What::Send {
             self.eps[flight.source].moved += 1;
         }
-        if error.is_some_and(|error| error != FLUSHED) {
+        if error.is_some_and(|error| error != FLUSHED) && !flight.lingers {
             flight.landed = true;
         }
         if error.is_some() {

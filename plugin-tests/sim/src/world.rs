@@ -130,6 +130,8 @@ pub enum Breakage {
     IsMute,
     /// It refuses every post. What is in flight completes.
     Refuses,
+    /// Its link is down: it reaches nobody, and nobody reaches it. Nothing else tells. What has left it may land.
+    CutOff,
 }
 
 /// What goes wrong, in thousandths.

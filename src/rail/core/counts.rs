@@ -17,7 +17,8 @@ impl Core {
         assert_eq!(shared, self.window.operations(), "operations of shared work; the window's");
         for (key, share) in &self.shares {
             assert_eq!(share.queued, self.turns.contains(&key), "share {key} is queued; it has a turn");
-            assert!(share.queued || share.posted > 0, "share {key} rests and holds nothing");
+            let rests = self.resting.contains(&key);
+            assert!(share.queued || share.posted > 0 || rests, "share {key} rests and holds nothing");
         }
         self.messages.check_counts();
         let users = self.shares.len() + self.messages.users_of_destinations();

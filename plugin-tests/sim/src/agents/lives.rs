@@ -107,7 +107,12 @@ impl Play {
         let host = self.agents[i].host;
         let place =
             (self.plan.spared + self.rng.within(1, self.plan.rails as u64 - 1) as usize) % self.plan.rails;
-        let how = self.rng.pick(&[Breakage::Flushes, Breakage::Refuses]);
+        // A link that is down tells nobody; with two of them an agent is cut off from whoever it has not told.
+        let mut kinds = vec![Breakage::Flushes, Breakage::Refuses];
+        if !self.world.state().has_broken(host) {
+            kinds.push(Breakage::CutOff);
+        }
+        let how = self.rng.pick(&kinds);
         self.note(format!("rail {place} of {i} fails: {how:?}"));
         self.world.state().break_endpoint(host, place, how);
     }

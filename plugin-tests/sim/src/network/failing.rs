@@ -25,7 +25,7 @@ impl State {
         if self.eps[ep].closed || self.eps[ep].broken.is_some() {
             return;
         }
-        if how == Breakage::Flushes {
+        if matches!(how, Breakage::Flushes | Breakage::CutOff) {
             // What this NIC has acknowledged its host has: the sender is told that it has left.
             let here = |f: &Flight| f.what == What::Send && f.target == Some(ep) && !f.landed && !f.swallowed;
             let is_acknowledged = |f: &Flight| here(f) && (f.completed || f.pieces_left == 0);
@@ -43,6 +43,20 @@ impl State {
             }
             // Its receives are gone, too.
             self.lose(&[ep]);
+        }
+        if how == Breakage::CutOff {
+            self.lose(&[ep]);
+            for id in self.flights_of(ep) {
+                let (leaves, late) = (self.rng.chance(300), self.rng.chance(500));
+                let flight = self.flights.get_mut(&id).expect("it is under way");
+                if flight.completed || flight.landed {
+                    continue;
+                }
+                flight.lingers = leaves && flight.what == What::Write;
+                flight.late = flight.lingers && late;
+                flight.landed = !flight.lingers;
+                self.fail_unreachable(id);
+            }
         }
     }
 

@@ -231,6 +231,7 @@ fn post(ep: &Object<sys::fid_ep>, order: &Order) -> isize {
             landed: false,
             swallowed: false,
             late: false,
+            lingers: false,
             fails: None,
         },
     );

@@ -210,6 +210,79 @@ fn peers_are_told_of_a_rail_that_has_failed() {
     }
 }
 
+/// A link goes down in the middle of a transfer, here or at the peer, and nothing tells but that one device reaches nobody:
+/// the others do its work, nothing of the earlier attempt lands when the transfer is done, and the next does not try there.
+#[test]
+fn a_link_that_goes_down_leaves_its_work_to_the_others() {
+    for profile in [EFA, EFA_DIRECT] {
+        for seed in 0..24 {
+            let what = format!("{} seed {seed}", profile.fabric);
+            let mut group = Group::unconnected(seed, 2, profile, 3, OPTIONS);
+            group.load(0, 1);
+            group.load(1, 0);
+            group.live(20);
+            let cut = group.agents[seed as usize % 2].host;
+            let op = if seed % 4 < 2 { Op::Write } else { Op::Read };
+            let pieces: Vec<_> = (0..6000).map(|i| (i * 256, 200)).collect();
+            let (from, to) = if op == Op::Write { (0, 1) } else { (1, 0) };
+            let request = group.prepare(op, 0, 1, &pieces).unwrap();
+            for round in [1, 2, 3, 4] {
+                for &(at, len) in &pieces {
+                    group.agents[from].arena.fill(at, len, at as u64 ^ round << 32);
+                }
+                let note = [round as u8; 5];
+                let began = clock::now_ns();
+                group.engine(0).post_xfer(&request, Some(&note)).unwrap();
+                if round == 2 {
+                    group.live(2 + seed as usize % 7);
+                    group.world.state().break_endpoint(cut, seed as usize % 3, Breakage::CutOff);
+                }
+                assert_eq!(group.finish(0, &request), Ok(Status::Success), "{what} round {round}");
+                let took = clock::now_ns() - began;
+                assert!(round < 4 || took < 90_000_000, "{what}: tried again, for {took} ns");
+                for &(at, len) in &pieces {
+                    let there = group.agents[to].arena.differs(at, len, at as u64 ^ round << 32);
+                    assert_eq!(there, None, "{what} round {round}: a byte at {at} is not there");
+                }
+                assert!(group.live_until(100, |group| group.got(1, &note) == 1), "{what} round {round}");
+                group.agents[to].arena.fill(0, 6000 * 256, 77);
+                group.live_until(100, |_| false);
+                let late = group.agents[to].arena.differs(0, 6000 * 256, 77);
+                assert_eq!(late, None, "{what} round {round}: something landed after DONE");
+                assert_eq!(group.got(1, &note), 1, "{what} round {round}");
+            }
+            drop(request);
+            group.close();
+        }
+    }
+}
+
+/// A peer that is gone is no reason to try all ways there are to it, one after the other.
+#[test]
+fn a_peer_that_is_gone_is_not_looked_for_on_every_rail() {
+    for profile in [EFA, EFA_DIRECT] {
+        for pieces in [1, 600] {
+            let mut group = Group::new(2, profile, 8, OPTIONS);
+            group.live(20);
+            let pieces: Vec<_> = (0..pieces).map(|i| (i * 256, 200)).collect();
+            let request = group.prepare(Op::Write, 0, 1, &pieces).unwrap();
+            group.engine(0).post_xfer(&request, None).unwrap();
+            assert_eq!(group.finish(0, &request), Ok(Status::Success));
+            let host = group.agents[1].host;
+            group.world.kill_host(host);
+            let began = clock::now_ns();
+            group.engine(0).post_xfer(&request, Some(b"never")).unwrap();
+            let error = group.finish(0, &request).unwrap_err();
+            let took = (clock::now_ns() - began) / 1_000_000;
+            assert_eq!(error.status(), Status::RemoteDisconnect, "{error}");
+            // Two tries, each with the life of a packet behind it.
+            assert!(took < 300, "{took} ms: {error}");
+            drop(request);
+            group.close();
+        }
+    }
+}
+
 /// When the last rail has failed, a transfer says so, and new memory cannot be registered; nothing waits.
 #[test]
 fn without_a_rail_transfers_fail_in_words() {
