@@ -215,9 +215,21 @@ def ends(agent, handle, seconds):
         return str(refused)
 
 
+def watch_out(first, second, handle):
+    """Posts a write while notifications go the same way; then all of them are there, once, and so is the data."""
+    count = 60
+    first.run(send_numbers, second.name, count)
+    first.call("post", handle, b"meanwhile")
+    return count + 1
+
+
 @pytest.mark.ours
-def test_device_that_dies(bed, efa, progress):
-    """One device of the peer dies in the middle: the transfer fails in words, another peer is not touched."""
+@pytest.mark.parametrize("carries_messages", [True, False], ids=["first", "other"])
+@pytest.mark.parametrize("how", ["dead", "cut-off"])
+def test_device_that_dies(bed, efa, progress, how, carries_messages):
+    """A device of the peer dies in the middle, or its link goes down: transfers and notifications get there by the others."""
+    if not efa.writes and carries_messages:
+        pytest.skip("what a p4d writes are messages, and fail with their endpoint")
     first, second = bed.pair(progress_thread=progress)
     third = bed.agent("third", progress_thread=progress)
     first.knows(third), third.knows(first)
@@ -225,16 +237,66 @@ def test_device_that_dies(bed, efa, progress):
     source, target = first.buffer(64 * MIB, seed=3), second.buffer(64 * MIB)
     first.knows(second)
     first.transfer("WRITE", [source[:]], [target[:]], second)
-    dying = max((written := was_written(efa, 1)), key=written.get)
-    handle = first.prepare("WRITE", [source[:]], [target[:]], second, b"never")
-    efa.control(f"host=h1/{dying} dead=1 unreachable_ms=300")
-    first.call("post", handle, b"never")
-    assert "DISCONNECT" in ends(first, handle, 20)
+    written, carrier = was_written(efa, 1), min(efa.host(1).counters())
+    dying = carrier if carries_messages else max(set(written) - {carrier}, key=written.get)
+    fault = f"host=h1/{dying} {'dead=1' if how == 'dead' else 'drop_pct=100'} unreachable_ms=300"
+    # Half a second for the whole.
+    efa.control("src=h0 gbps=0.3")
+    source.fill(4)
+    handle = first.prepare("WRITE", [source[:]], [target[:]], second, b"meanwhile")
+    expected = watch_out(first, second, handle)
+    efa.control("src=h0 gbps=0.3", fault)
+    verdict = ends(first, handle, 60)
     first.call("release", handle)
+    if efa.writes:
+        assert verdict == "DONE"
+        target.check(4)
+        assert second.run(count_numbers, expected, 60, deadline=90) == (expected, expected)
+        efa.control(fault)
+        for turn in range(4):
+            source.fill(10 + turn)
+            first.transfer("WRITE", [source[:]], [target[:]], second, b"%d" % turn)
+            target.check(10 + turn)
+        second.receives(*(b"%d" % turn for turn in range(4)), sender=first)
+        assert second.call("receive", 1, 0.3) == [], "a notification came twice"
+    else:
+        # An emulated write is several packets, and not over for the device when it fails.
+        assert "DISCONNECT" in verdict
     write_all(first, third, MIB, 4)
     # When it is well again, so are transfers.
     efa.control()
     write_all(first, third, MIB, 5)
+
+
+@pytest.mark.ours
+@pytest.mark.parametrize("carries_messages", [True, False], ids=["first", "other"])
+def test_own_link_that_goes_down(bed, efa, progress, carries_messages):
+    """One of this host's devices reaches nobody any more, and nothing says so: its transfers go over the others."""
+    if not efa.writes:
+        pytest.skip("an emulated write is not over for the device when it fails")
+    first, second = bed.pair(progress_thread=progress)
+    near, far = first.buffer(64 * MIB, seed=1), second.buffer(64 * MIB, seed=2)
+    first.knows(second), second.knows(first)
+    first.transfer("WRITE", [near[:]], [far[:]], second, b"before")
+    second.receives(b"before", sender=first)
+    carrier = min(efa.host(0).counters())
+    down = carrier if carries_messages else max(set(wrote(efa, 0)) - {carrier})
+    near.fill(3)
+    efa.control("src=h0 gbps=0.3")
+    handle = first.prepare("WRITE", [near[:]], [far[:]], second, b"meanwhile")
+    expected = watch_out(first, second, handle)
+    efa.control("src=h0 gbps=0.3", f"host=h0/{down} drop_pct=100 unreachable_ms=300")
+    assert ends(first, handle, 60) == "DONE"
+    far.check(3)
+    assert second.run(count_numbers, expected, 60, deadline=90) == (expected, expected)
+    for turn in range(3):
+        near.fill(10 + turn)
+        first.transfer("WRITE", [near[:]], [far[:]], second, b"%d" % turn)
+        far.check(10 + turn)
+    second.receives(b"0", b"1", b"2", sender=first)
+    if not carries_messages:
+        log = first.log_text()
+        assert f"on {down}" in log and "does not reach endpoint" in log
 
 
 @pytest.mark.ours
