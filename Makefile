@@ -12,7 +12,7 @@ EFA_TESTS := $(patsubst %,plugin-tests/e2e/test_%.py,efa transfer notify release
 EFA_LONG  := seventy or in_each_phase or failed_operation or test_sizes or both_directions or small_descriptors \
              or (progress-off and (unequal_hosts or random_lists or repost or in_flight or first_operation))
 
-.PHONY: help setup plugin softefa install-plugins wheel test-wheel demo test check unit e2e e2e-core e2e-versions e2e-efa e2e-efa-all soak test-vllm vllm-gpu-bundle bench bench-first cost docs test-arm64 test-docs
+.PHONY: help setup plugin softefa install-plugins wheel test-wheel demo test check unit e2e e2e-core e2e-versions e2e-efa e2e-efa-all soak test-vllm vllm-gpu-bundle bench bench-first bench-slow cost docs test-arm64 test-docs
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -98,6 +98,9 @@ bench: setup plugin softefa ## ours beside the stock plugin and UCX: ARGS="--net
 
 bench-first: setup plugin softefa ## the first transfer to a peer with 32 software EFA devices, ours and stock: ARGS="--rounds 3"
 	$(PYTHON) benches/first.py $(ARGS)
+
+bench-slow: setup plugin softefa ## one slow device among four software EFA devices, ours and stock: ARGS="--rounds 1"
+	$(PYTHON) benches/slow.py $(ARGS)
 
 cost: setup plugin softefa ## instructions per descriptor by callgrind, ours and stock: ARGS="--networks tcp:1 --descriptors 4096"
 	$(PYTHON) benches/cost.py $(ARGS)
