@@ -12,6 +12,7 @@ pub mod fabric;
 pub mod logging;
 pub mod memory;
 pub mod metrics;
+pub mod neighbour;
 pub mod notify;
 pub mod peer;
 pub mod progress;

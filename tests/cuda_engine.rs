@@ -74,7 +74,7 @@ impl Stage {
 
     fn engine_with(&self, name: &str, progress_thread: bool, options: &[(&str, &str)]) -> Engine {
         let fabric = self.fabric.to_str().unwrap();
-        let always = [("libfabric_path", fabric), ("devices", "lo")];
+        let always = [("libfabric_path", fabric), ("devices", "lo"), ("same_host", "off")];
         let params = always.iter().chain(options);
         Engine::create(InitParams {
             local_agent: name.into(),

@@ -10,7 +10,7 @@ const LAYERS: &[&[&str]] = &[
     &["engine"],
     &["peer", "transfer"],
     &["memory", "notify", "progress"],
-    &["rail", "config"],
+    &["rail", "config", "neighbour"],
     &["cuda"],
     &["fabric", "wire", "topology", "metrics"],
     &["sys"],

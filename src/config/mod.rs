@@ -13,7 +13,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 pub use options::{Config, OPTIONS};
-pub use value::{Fabric, Wait};
+pub use value::{Fabric, SameHost, Wait};
 
 use crate::error::{Error, Result};
 

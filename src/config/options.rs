@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::value::{Fabric, FromText, Wait};
+use super::value::{Fabric, FromText, SameHost, Wait};
 use super::{Range, Spec, Value, bad_value};
 use crate::error::Result;
 use crate::metrics::Address;
@@ -132,6 +132,9 @@ options! {
 
     "GPU memory moves through page-locked host memory where the provider cannot register it. For a peer's GPU memory it must be set there."
     "vram_staging" => vram_staging: bool = "false", SWITCH;
+
+    "Host memory of agents on this host is reached without a network (`auto`), where the kernel lets both. `ptracer_any`: as `auto`, and any process of this user may reach this one's memory where Yama's `ptrace_scope` is 1. `off` also for what peers reach here."
+    "same_host" => same_host: SameHost = "auto", Range::Word(&["auto", "off", "ptracer_any"]);
 
     "Where metrics are served to Prometheus and `nixl-libfabric top`. Empty: nowhere. The first free port of a range; port 0: any; `%p`: the process' number."
     "metrics" => metrics: Option<Address> = "",

@@ -132,6 +132,29 @@ impl FromText for Wait {
     }
 }
 
+/// Whether agents of one host reach each other's memory without a network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SameHost {
+    /// Where the kernel lets both.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
+    /// As `Auto`, and Yama is told to let every process of the user reach this one.
+    PtracerAny,
+}
+
+impl FromText for SameHost {
+    fn from_text(text: &str, _: Range) -> Result<Self, String> {
+        match text.trim() {
+            "auto" => Ok(Self::Auto),
+            "off" => Ok(Self::Off),
+            "ptracer_any" => Ok(Self::PtracerAny),
+            _ => Err(String::new()),
+        }
+    }
+}
+
 /// Nowhere, or an address.
 impl FromText for Option<Address> {
     fn from_text(text: &str, _: Range) -> Result<Self, String> {

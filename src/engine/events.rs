@@ -4,11 +4,12 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::remote;
 use super::shared::Shared;
+use super::{own, remote};
 use crate::error::{Error, Result};
 use crate::peer::{Introduction, Outgoing, Peer, Released};
 use crate::rail::{Event, Message, Tag};
+use crate::transfer::CopyOver;
 use crate::types::{AgentName, RailId};
 use crate::wire::stock::final_writes;
 use crate::wire::{Body, ConnectionInfo, ControlMessage, Handshake, Immediate, StockFragment};
@@ -117,6 +118,23 @@ impl Shared {
         self.vram.within(|| other.drive(self.has_room(), next));
     }
 
+    /// Copies for one turn, and acts on what that leads to. Returns how much was done.
+    pub fn drive_copies(&self) -> usize {
+        let (handled, over) = self.copies.drive();
+        let Some(CopyOver { tag, outcome }) = over else { return handled };
+        if let Some(transfer) = own::of_tag(&tag) {
+            transfer.part_over(outcome, self);
+        } else {
+            let mut events = Vec::new();
+            self.part_over(&tag, outcome, &mut events);
+            self.act(events);
+            if self.local.control_rail().has_mail() {
+                self.kick();
+            }
+        }
+        handled
+    }
+
     /// Transfers no longer wait for their peer.
     pub fn release(&self, released: Released, next: &mut Vec<Event>) {
         for tag in released.begin {
@@ -195,6 +213,8 @@ impl Shared {
             let info = ConnectionInfo::decode(conn)?;
             let (peer, released) = self.peers.load(&name, info, false, &self.local)?;
             self.release(released, next);
+            // Whoever is told of us may reach our memory; that both sides say so helps whoever reads their logs.
+            peer.neighbour();
             peer
         } else if let Some(peer) = self.peers.get(&name) {
             peer

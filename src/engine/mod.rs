@@ -6,6 +6,7 @@ mod events;
 mod mail;
 mod metrics;
 mod open;
+mod own;
 mod placement;
 mod remote;
 mod shared;
@@ -19,7 +20,8 @@ use std::time::{Duration, Instant};
 
 pub use self::discover::available_mems;
 pub(crate) use self::discover::{find as find_devices, is_software};
-use self::remote::{Preparation, Remote};
+use self::own::Own;
+use self::remote::{Preparation, Remote, is_nearby};
 use self::staging::StagedPiece;
 pub use self::staging::StagedTransfer;
 use self::works::Works;
@@ -27,10 +29,10 @@ use crate::error::{Error, Result, Status};
 use crate::fabric::{Libfabric, MemoryRange};
 use crate::memory::{Memory, Registration, RemoteRegion};
 use crate::metrics::Endpoint;
+use crate::neighbour::Copiers;
 pub use crate::notify::Notification;
 use crate::progress::ProgressThreads;
 use crate::sys::panic::Poison;
-use crate::transfer::{LocalPiece, LocalTransfer};
 use crate::types::{AgentName, Desc, MemKind, Op};
 use crate::wire::{ConnectionInfo, PublicMetadata};
 
@@ -99,11 +101,14 @@ pub enum Request {
     /// With a remote agent, GPU memory by way of host memory.
     Staged(Arc<StagedTransfer>),
     /// Within this agent.
-    Local(Arc<LocalTransfer>),
+    Own(OwnTransfer),
 }
 
-/// A request to a peer whose NICs reach the memory.
+/// A request to a peer whose memory is reached by its NICs, or without them.
 pub struct RemoteTransfer(Arc<Remote>);
+
+/// A request to this agent itself.
+pub struct OwnTransfer(Arc<Own>);
 
 /// The backend engine of one agent.
 pub struct Engine {
@@ -162,7 +167,7 @@ impl Engine {
             return Ok(Arc::new(Metadata::Local(known)));
         }
         let turn = self.works.shared.turn() as u64;
-        let registration = match kind {
+        let mut registration = match kind {
             MemKind::Dram => {
                 let rails = self.works.shared.placement.rails_for_host(range, turn);
                 Registration::new(self.rails(), rails, Memory::host(range, dev_id), None)?
@@ -173,6 +178,9 @@ impl Engine {
             other => return Err(Error::not_supported(format!("{other} memory is not for this backend"))),
         };
         log::debug!("registered {registration} on {} rails", registration.rails().len());
+        if let Some(board) = &self.works.shared.local.board {
+            registration.publish(board);
+        }
         let registration = Arc::new(registration);
         if registration.is_staged() {
             self.works.staging.add_region(&registration)?;
@@ -189,15 +197,18 @@ impl Engine {
             return Ok(());
         }
         let deadline = Instant::now() + self.works.shared.config.drain_timeout;
-        while registration.uses() > 0 {
+        let mut copiers = registration.withdraw();
+        let mut left = || copiers.as_mut().is_none_or(Copiers::have_left);
+        while registration.uses() > 0 || !left() {
             if Instant::now() > deadline {
                 self.works.shared.counts.as_ref().inspect(|counts| counts.undrained());
                 return Err(Error::new(
                     Status::NotAllowed,
                     format!(
-                        "{registration} is still used by {} transfers in flight after {} ms (drain_timeout_ms); do \
-                         not free the memory before they are over",
+                        "{registration} is still used by {} transfers in flight, and by {} peers of this host that copy, \
+                         after {} ms (drain_timeout_ms); do not free the memory before they are over",
                         registration.uses(),
+                        copiers.map_or(0, |copiers| copiers.count()),
                         self.works.shared.config.drain_timeout.as_millis()
                     ),
                 ));
@@ -251,6 +262,8 @@ impl Engine {
             .map_err(|e| e.context(format_args!("connection info of {agent}")))?;
         let (peer, released) = self.works.shared.peers.load(agent, info, true, &self.works.shared.local)?;
         self.release(released);
+        // Tried here and not by the first transfer: it takes some 100 us.
+        peer.neighbour();
         peer.connect()?;
         self.works.shared.kick();
         Ok(())
@@ -299,10 +312,11 @@ impl Engine {
             )));
         }
         if self.is_self(agent) {
-            return prep_local(op, local, remote);
+            return Ok(Request::Own(OwnTransfer(Arc::new(Own::prepare(op, local, remote)?))));
         }
         let peer = self.peer(agent)?;
-        let mut preparation = Preparation::new(&self.works.shared, &peer, local.len());
+        let nearby = is_nearby(&peer, local, remote);
+        let mut preparation = Preparation::new(&self.works.shared, &peer, local.len(), nearby);
         preparation.add(local, remote)?;
         if preparation.is_staged {
             return prep_staged(op, peer, local, remote);
@@ -315,12 +329,10 @@ impl Engine {
     pub fn post_xfer(&self, request: &Request, notification: Option<&[u8]>) -> Result<Status> {
         let notification = notification.map(<[u8]>::to_vec);
         match request {
-            Request::Local(transfer) => {
-                transfer.begin(notification)?;
-                self.works.shared.copies.push(Arc::clone(transfer));
-                self.works.drive_copies();
+            Request::Own(OwnTransfer(own)) => {
+                own.post(notification, &self.works.shared)?;
                 self.works.shared.wake();
-                transfer.status()
+                own.status(&self.works.shared)
             }
             Request::Staged(transfer) => {
                 transfer.begin(notification)?;
@@ -340,11 +352,11 @@ impl Engine {
     /// How a posted request stands. Drives what it uses, so that it gets on without a progress thread too.
     pub fn check_xfer(&self, request: &Request) -> Result<Status> {
         match request {
-            Request::Local(transfer) => {
-                if transfer.status() == Ok(Status::InProgress) {
-                    self.works.drive_copies();
+            Request::Own(OwnTransfer(own)) => {
+                if own.status(&self.works.shared) == Ok(Status::InProgress) {
+                    self.works.shared.drive_copies();
                 }
-                transfer.status()
+                own.status(&self.works.shared)
             }
             Request::Staged(transfer) => {
                 if transfer.status() == Ok(Status::InProgress) {
@@ -359,6 +371,9 @@ impl Engine {
                 let status = self.status(remote);
                 if status != Ok(Status::InProgress) {
                     return status;
+                }
+                if remote.transfer.is_copied() {
+                    self.works.shared.drive_copies();
                 }
                 self.works.shared.drive_some(remote.transfer.rails());
                 if self.progress.is_none() {
@@ -385,7 +400,7 @@ impl Engine {
     /// Lets go of a request. In flight, it ends by itself.
     pub fn release_request(&self, request: Request) -> Result<()> {
         match request {
-            Request::Local(transfer) => transfer.release(),
+            Request::Own(OwnTransfer(own)) => own.transfer.release(&mut Vec::new()),
             Request::Staged(transfer) => transfer.release(),
             Request::Remote(RemoteTransfer(remote)) => {
                 let mut events = Vec::new();
@@ -437,17 +452,17 @@ impl Engine {
 
     /// Expected duration of a prepared request and its uncertainty, from transfers that were made.
     pub fn estimate_cost(&self, request: &Request) -> Result<(Duration, Duration)> {
-        let bytes = match request {
-            Request::Staged(transfer) => transfer.bytes(),
-            Request::Remote(RemoteTransfer(remote)) => remote.transfer.bytes(),
-            Request::Local(_) => {
-                return Err(Error::not_supported(
-                    "copies within an agent are not measured, so none can be estimated",
-                ));
+        let (rates, bytes) = match request {
+            Request::Staged(transfer) => (&self.works.shared.remote_rates, transfer.bytes()),
+            Request::Remote(RemoteTransfer(remote)) => {
+                (&self.works.shared.remote_rates, remote.transfer.bytes())
             }
+            Request::Own(OwnTransfer(own)) => (&self.works.shared.local_rates, own.transfer.bytes()),
         };
-        self.works.shared.rates.estimate(bytes).ok_or_else(|| {
-            Error::not_supported("no transfer of this size was measured yet, so none can be estimated")
+        rates.estimate(bytes).ok_or_else(|| {
+            Error::not_supported(
+                "no transfer of this kind and size was measured yet, so none can be estimated",
+            )
         })
     }
 
@@ -478,39 +493,6 @@ impl Drop for Engine {
         drop(self.progress.take());
         self.works.close();
     }
-}
-
-/// A transfer within the agent.
-fn prep_local<'a>(
-    op: Op,
-    local_descs: &[impl XferElement<'a>],
-    remote_descs: &[impl XferElement<'a>],
-) -> Result<Request> {
-    let mut pieces = Vec::new();
-    for (here, there) in local_descs.iter().zip(remote_descs) {
-        let (near, far) = (local(metadata(here)?)?, local(metadata(there)?)?);
-        let (here, there) = (here.desc(), there.desc());
-        near.check(&here)?;
-        far.check(&there)?;
-        if here.len != there.len {
-            return Err(Error::invalid(format!(
-                "a local descriptor has {} bytes and its counterpart {}",
-                here.len, there.len
-            )));
-        }
-        let (from, to) = match op {
-            Op::Write => ((near, here), (far, there)),
-            Op::Read => ((far, there), (near, here)),
-        };
-        pieces.push(LocalPiece {
-            source: Arc::clone(from.0),
-            source_addr: from.1.addr,
-            target: Arc::clone(to.0),
-            target_addr: to.1.addr,
-            len: here.len,
-        });
-    }
-    Ok(Request::Local(Arc::new(LocalTransfer::new(pieces))))
 }
 
 /// A transfer that goes by way of host memory, of descriptors that were checked.

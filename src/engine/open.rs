@@ -13,16 +13,18 @@ use super::placement::Placement;
 use super::shared::Shared;
 use super::vram::{self, Vram};
 use super::works::Works;
-use crate::config::{Config, Wait};
+use crate::config::{Config, SameHost, Wait};
 use crate::cuda::Runtime;
 use crate::error::{Error, Result};
 use crate::fabric::{Device, Domain, Fabric, Libfabric, efa};
 use crate::metrics::Endpoint;
+use crate::neighbour::Board;
 use crate::notify::Inbox;
 use crate::peer::{Local, PeerTable};
 use crate::progress::{Driver, Pace, ProgressThreads, deal};
 use crate::rail::{MESSAGE_BYTES_MAX, Rail, RailLimits};
-use crate::transfer::{LocalCopies, Rates};
+use crate::sys::process::allow_any_tracer;
+use crate::transfer::{Copies, Rates};
 use crate::types::RailId;
 use crate::wire::blob::capability;
 use crate::wire::{ConnectionInfo, EndpointName, Extension, Handshake, HandshakeExtension};
@@ -55,7 +57,9 @@ pub(super) fn open(
     }
     let endpoints =
         rails.iter().map(|rail| EndpointName::new(rail.endpoint_name())).collect::<Result<_>>()?;
-    let conn_info = ConnectionInfo { endpoints, extension: Some(extension) }.encode();
+    let board = open_board(config.same_host);
+    let host = board.as_ref().map(|board| *board.info());
+    let conn_info = ConnectionInfo { endpoints, extension: Some(extension), host }.encode();
     check_handshake(init.local_agent.as_bytes(), &conn_info, rails.len())?;
     let local = Arc::new(Local {
         name: init.local_agent,
@@ -67,14 +71,16 @@ pub(super) fn open(
         introduces: found.devices.iter().any(efa::is_direct),
         unanswered: AtomicU64::new(0),
         has_diverted: AtomicBool::new(false),
+        board,
         rails,
     });
     let works = Arc::new(Works::new(Shared {
         peers: PeerTable::default(),
         inbox: Inbox::new(config.inbox_bytes_max),
         full: AtomicBool::new(false),
-        copies: LocalCopies::default(),
-        rates: Rates::default(),
+        copies: Copies::new(if init.progress_thread { config.num_threads.max(1) + 1 } else { 1 }),
+        local_rates: Rates::default(),
+        remote_rates: Rates::default(),
         counts: config.metrics.is_some().then(TransferCounts::default),
         turns: AtomicUsize::new(first_turn(local.name.as_bytes())),
         placement,
@@ -203,6 +209,20 @@ fn open_rail(
     Rail::open(id, &domain, device, &limits)
 }
 
+/// Where agents of this host find what they need to reach our memory, if they may.
+fn open_board(same_host: SameHost) -> Option<Arc<Board>> {
+    if same_host == SameHost::Off {
+        return None;
+    }
+    if same_host == SameHost::PtracerAny
+        && let Err(e) = allow_any_tracer()
+    {
+        log::debug!("same_host=ptracer_any: {e}; this kernel has no Yama, which it speaks to");
+    }
+    let board = Board::new();
+    board.inspect_err(|why| log::debug!("agents of this host are reached by the NICs: {why}")).ok()
+}
+
 /// An error if no handshake can tell a peer of so many rails.
 fn check_handshake(agent: &[u8], conn_info: &[u8], rails: usize) -> Result<()> {
     let extension = HandshakeExtension { session: 1, peer_session: 1, answer_wanted: true, retired: [1; 2] };
@@ -244,7 +264,7 @@ mod tests {
     fn conn_info(rails: usize) -> Vec<u8> {
         let endpoints = vec![EndpointName::new(&[7; 32]).unwrap(); rails];
         let extension = Some(Extension::ours(1, MESSAGE_BYTES_MAX as u32, 1 << 20));
-        ConnectionInfo { endpoints, extension }.encode()
+        ConnectionInfo { endpoints, extension, host: None }.encode()
     }
 
     #[test]

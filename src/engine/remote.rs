@@ -9,10 +9,11 @@ use super::{Metadata, XferElement, local, metadata};
 use crate::error::{Error, Result, Status};
 use crate::fabric::{RmaList, Way};
 use crate::memory::{Registration, RemoteRegion};
+use crate::neighbour::NeighbourRegion;
 use crate::peer::Peer;
 use crate::rail::{Destination, Event, Tag, Work};
 use crate::transfer::plan::{self, Cutter, Lane};
-use crate::transfer::{Next, Part, Transfer};
+use crate::transfer::{CopyList, CopyPair, Far, Next, Part, Transfer};
 use crate::types::{Op, RailId};
 
 /// A transfer and the peer that it is with.
@@ -35,7 +36,13 @@ impl Remote {
             return Err(e);
         }
         let mut events = Vec::new();
-        match self.peer.admits(&(Arc::clone(self) as Tag)) {
+        // A neighbour's memory is reached whatever devices were told.
+        let admitted = if self.transfer.is_copied() {
+            self.peer.check().map(|()| true)
+        } else {
+            self.peer.admits(&(Arc::clone(self) as Tag))
+        };
+        match admitted {
             Ok(true) => self.begin(shared, &mut events),
             Ok(false) => {}
             Err(e) => {
@@ -44,8 +51,16 @@ impl Remote {
                 return Err(e);
             }
         }
-        let rails = self.transfer.rails();
-        shared.drive_after(rails, events);
+        if self.transfer.is_copied() {
+            shared.act(events);
+            shared.drive_copies();
+            // Threads share what is left.
+            if shared.copies.is_busy() {
+                shared.wake();
+            }
+        } else {
+            shared.drive_after(self.transfer.rails(), events);
+        }
         Ok(())
     }
 
@@ -55,7 +70,7 @@ impl Remote {
         let rails = &shared.local.rails;
         let prefer = |lane: Lane| !self.peer.avoids(lane.rail, lane.endpoint);
         let way = |lane| self.way(lane, shared);
-        let launched = self.transfer.launch(&tag, shared.turn(), rails, way, prefer);
+        let launched = self.transfer.launch(&tag, shared.turn(), rails, &shared.copies, way, prefer);
         self.part_over(if launched { Ok(()) } else { Err(no_rail(shared)) }, shared, events);
     }
 
@@ -104,7 +119,7 @@ impl Remote {
             Next::Ended { outcome, unsent } => {
                 unsent.inspect(|&len| self.peer.unreserve(len));
                 let (op, bytes) = (self.transfer.op(), self.transfer.bytes());
-                let _ = outcome.inspect(|&took| shared.rates.record(bytes, took));
+                let _ = outcome.inspect(|&took| shared.remote_rates.record(bytes, took));
                 match &shared.counts {
                     Some(counts) if self.is_chunk => counts.chunk_over(op, bytes, outcome),
                     Some(counts) => counts.over(self.peer.tally(), op, bytes, outcome),
@@ -123,15 +138,19 @@ impl Remote {
     /// What checkXfer answers.
     pub fn status(&self, shared: &Shared, events: &mut Vec<Event>) -> Result<Status> {
         let status = self.transfer.status(shared.config.drain_timeout)?;
-        if status == Status::InProgress
-            && let Some(elapsed) = self.transfer.elapsed()
-            && let Some(late) = shared.config.late(elapsed)
-        {
-            shared.counts.as_ref().inspect(|counts| counts.late());
+        if let Some(late) = failed_late(&self.transfer, status, shared) {
             self.fail(late, events);
         }
         Ok(status)
     }
+}
+
+/// The error of a post that takes longer than `transfer_timeout_ms`.
+pub(super) fn failed_late(transfer: &Transfer, status: Status, shared: &Shared) -> Option<Error> {
+    let elapsed = transfer.elapsed().filter(|_| status == Status::InProgress)?;
+    let late = shared.config.late(elapsed)?;
+    shared.counts.as_ref().inspect(|counts| counts.late());
+    Some(late)
 }
 
 fn no_rail(shared: &Shared) -> Error {
@@ -155,6 +174,8 @@ pub struct Preparation<'e, 'a> {
     sets: Vec<LaneSet<'a>>,
     pairs: HashMap<PairKey, Pair>,
     pub is_staged: bool,
+    /// How the peer's regions are reached without a network, where all are: in the order of the pairs of the only set.
+    nearby: Option<Vec<NeighbourRegion>>,
 }
 
 /// Pairs of regions with the same lanes.
@@ -180,7 +201,8 @@ struct Pair {
 }
 
 impl<'e, 'a> Preparation<'e, 'a> {
-    pub fn new(shared: &'e Shared, peer: &'e Arc<Peer>, capacity: usize) -> Self {
+    /// `nearby`: no NIC is to move it, because all of it [is near](is_nearby).
+    pub fn new(shared: &'e Shared, peer: &'e Arc<Peer>, capacity: usize, nearby: bool) -> Self {
         Self {
             shared,
             peer,
@@ -189,6 +211,7 @@ impl<'e, 'a> Preparation<'e, 'a> {
             sets: Vec::new(),
             pairs: HashMap::new(),
             is_staged: false,
+            nearby: nearby.then(Vec::new),
         }
     }
 
@@ -239,6 +262,10 @@ impl<'e, 'a> Preparation<'e, 'a> {
         if !self.registrations.iter().any(|known| Arc::ptr_eq(known, registration)) {
             self.registrations.push(Arc::clone(registration));
         }
+        if let Some(pair) = self.pair_nearby(registration, remote) {
+            self.pairs.insert(key, pair);
+            return Ok(pair);
+        }
         self.is_staged |= registration.is_staged() || remote.is_staged();
         let (lanes, keys) = plan::pair_lanes(registration.rails(), remote.keys());
         if lanes.is_empty() && !self.is_staged {
@@ -263,13 +290,50 @@ impl<'e, 'a> Preparation<'e, 'a> {
         Ok(pair)
     }
 
+    /// A pair that is copied: those make one set, without lanes.
+    fn pair_nearby(&mut self, registration: &'a Arc<Registration>, remote: &'a RemoteRegion) -> Option<Pair> {
+        let nearby = self.nearby.as_mut()?;
+        let region = nearby_region(self.peer, registration, remote)?;
+        nearby.push(region.clone());
+        if self.sets.is_empty() {
+            let cutter = Cutter::whole(self.capacity);
+            self.sets.push(LaneSet { lanes: Vec::new(), pairs: Vec::new(), cutter });
+        }
+        self.sets[0].pairs.push((registration, Vec::new()));
+        let desc = remote.desc();
+        Some(Pair { set: 0, index: nearby.len() as u32 - 1, there: (desc.addr, desc.len), base: 0 })
+    }
+
+    /// The transfer of what was added, if it is copied.
+    fn finish_nearby<'d>(
+        self,
+        op: Op,
+        nearby: Vec<NeighbourRegion>,
+        local: &[impl XferElement<'d>],
+        remote: &[impl XferElement<'d>],
+    ) -> Result<Arc<Transfer>> {
+        let mut copies = None;
+        for set in self.sets {
+            let pairs = set.pairs.into_iter().zip(&nearby).map(|((near, _), region)| CopyPair {
+                near: Arc::clone(near),
+                far: Far::There(region.clone()),
+            });
+            let list = CopyList::new(op, set.cutter.finish(), pairs.collect());
+            copies = Some(list.map_err(|e| first_outside(local, remote).unwrap_or(e))?);
+        }
+        Ok(Transfer::new(op, Vec::new(), copies, self.registrations))
+    }
+
     /// The transfer of the lists that were added.
     pub fn finish<'d>(
-        self,
+        mut self,
         op: Op,
         local: &[impl XferElement<'d>],
         remote: &[impl XferElement<'d>],
     ) -> Result<Arc<Transfer>> {
+        if let Some(nearby) = self.nearby.take() {
+            return self.finish_nearby(op, nearby, local, remote);
+        }
         let mut parts = Vec::with_capacity(self.sets.len());
         for set in self.sets {
             let slices = set.cutter.finish();
@@ -282,15 +346,48 @@ impl<'e, 'a> Preparation<'e, 'a> {
                     ways.push(Way { region: region_on(registration, lane.rail)?, key: keys[at] });
                 }
             }
-            let list = RmaList::new(slices, ways, set.pairs.len()).map_err(|e| {
-                let wrong = local.iter().zip(remote).find_map(|(here, there)| outside(here, there));
-                wrong.unwrap_or_else(|| e.into())
-            })?;
+            let list = RmaList::new(slices, ways, set.pairs.len())
+                .map_err(|e| first_outside(local, remote).unwrap_or_else(|| e.into()))?;
             let list = Arc::new(list);
             parts.push(Part { lanes: set.lanes, list });
         }
-        Ok(Transfer::new(op, parts, self.registrations))
+        Ok(Transfer::new(op, parts, None, self.registrations))
     }
+}
+
+/// Whether all of a transfer is reached without a network. One descriptor that is not, and the NICs move all.
+pub fn is_nearby<'a>(
+    peer: &Arc<Peer>,
+    local: &[impl XferElement<'a>],
+    remote: &[impl XferElement<'a>],
+) -> bool {
+    if peer.neighbour().is_none() {
+        return false;
+    }
+    let mut known = None;
+    local.iter().zip(remote).all(|(here, there)| {
+        let key = Some(key_of(here, there));
+        let near = known == key
+            || regions(here, there).is_ok_and(|(own, theirs)| nearby_region(peer, own, theirs).is_some());
+        known = key;
+        near
+    })
+}
+
+/// How a pair of regions is reached without a network, if it is.
+fn nearby_region<'a>(
+    peer: &Arc<Peer>,
+    registration: &Registration,
+    remote: &'a RemoteRegion,
+) -> Option<&'a NeighbourRegion> {
+    let neighbour =
+        peer.neighbour().filter(|_| registration.is_host_memory() && remote.peer() == peer.id())?;
+    remote.nearby(neighbour)
+}
+
+/// Which region the first wrong descriptor is not inside of.
+fn first_outside<'a>(local: &[impl XferElement<'a>], remote: &[impl XferElement<'a>]) -> Option<Error> {
+    local.iter().zip(remote).find_map(|(here, there)| outside(here, there))
 }
 
 fn region_on(registration: &Arc<Registration>, rail: RailId) -> Result<crate::fabric::MemoryRegion> {

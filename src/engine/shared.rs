@@ -14,7 +14,7 @@ use crate::peer::{Local, PeerTable};
 use crate::progress::Waker;
 use crate::rail::{Event, Rail};
 use crate::transfer::plan::Cutting;
-use crate::transfer::{LocalCopies, Rates};
+use crate::transfer::{Copies, Rates};
 use crate::types::RailId;
 
 /// The part of an engine that outlives a call.
@@ -25,9 +25,9 @@ pub(super) struct Shared {
     pub inbox: Inbox,
     /// Nothing is received, because the application takes no notifications.
     pub full: AtomicBool,
-    pub copies: LocalCopies,
-    /// Of transfers with peers.
-    pub rates: Rates,
+    pub copies: Copies,
+    pub local_rates: Rates,
+    pub remote_rates: Rates,
     /// Where metrics are served.
     pub counts: Option<TransferCounts>,
     /// Counts posts and registrations, so that equal ones take turns on the rails.

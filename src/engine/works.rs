@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::shared::Shared;
 use super::staging::Staging;
+use crate::neighbour::Board;
 use crate::progress::Driver;
 use crate::rail::Rail;
 
@@ -43,12 +44,7 @@ impl Works {
 
     /// Gets on with what moves by copies here.
     pub fn drive_copies(&self) -> usize {
-        let shared = &self.shared;
-        let copied = shared.copies.drive(
-            |message| shared.inbox.push(shared.local.name.clone(), message),
-            |elapsed| shared.config.late(elapsed),
-        );
-        copied + self.staging.drive(shared)
+        self.shared.drive_copies() + self.staging.drive(&self.shared)
     }
 
     /// Looks after deadlines, where no progress thread does.
@@ -68,7 +64,7 @@ impl Works {
     pub fn drain(&self) {
         let start = Instant::now();
         let mut last_event = start;
-        while !self.shared.local.rails.iter().all(|rail| rail.is_idle()) {
+        while self.shared.copies.is_busy() || !self.shared.local.rails.iter().all(|rail| rail.is_idle()) {
             if self.drive_all() > 0 {
                 last_event = Instant::now();
                 continue;
@@ -86,8 +82,23 @@ impl Works {
         }
     }
 
+    /// Waits until no peer of this host copies any more, `drain_timeout_ms` at most.
+    fn dismiss(&self, board: &Arc<Board>) {
+        let deadline = Instant::now() + self.shared.config.drain_timeout;
+        let mut copiers = board.close();
+        while !copiers.have_left() {
+            if Instant::now() > deadline {
+                self.shared.counts.as_ref().inspect(|counts| counts.undrained());
+                log::warn!("the backend is destroyed while {} peers of this host copy", copiers.count());
+                return;
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    }
+
     /// Closes peers and rails. Nothing drives a rail any more.
     pub fn close(&self) {
+        self.shared.local.board.as_ref().inspect(|board| self.dismiss(board));
         let mut events = Vec::new();
         for peer in self.shared.peers.all() {
             if let Some(released) = self.shared.peers.remove(peer.name()) {

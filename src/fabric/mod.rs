@@ -38,7 +38,7 @@ pub use endpoint::{Endpoint, EndpointOptions};
 pub use error::{FabricError, is_disconnect};
 pub use library::{Libfabric, Version};
 pub use list::{RmaList, Slice, Way};
-pub use local::copy_between;
+pub use local::{ProcessCopy, RANGES_MAX, copy_between, copy_with};
 pub use memory::{Dmabuf, Hmem, KeptMemory, MemoryRegion, RegisteredBuffer};
 pub use peers::{FiAddr, InFlight};
 pub use post::{BATCH_WRITES_MAX, Posted, PostedSlices, Recv, Send};

@@ -4,12 +4,13 @@
 mod uses;
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use self::uses::Uses;
 use crate::cuda::{Context, Cuda};
 use crate::error::{Error, Result};
 use crate::fabric::{Dmabuf, Hmem, MemoryRange, MemoryRegion, next_key};
+use crate::neighbour::{Board, Copiers, Neighbour, NeighbourRegion, Published};
 use crate::rail::Rail;
 use crate::types::{AgentName, Desc, MemKind, PeerId, RailId};
 use crate::wire::PublicMetadata;
@@ -85,6 +86,8 @@ pub struct Registration {
     users: Mutex<Vec<Weak<dyn RegionUser>>>,
     /// Rails that have a region, nearest first.
     rails: Vec<RailId>,
+    /// Its place on the agent's board, if agents of this host may reach it.
+    published: Option<Published>,
     /// Posts in flight, and times that the host has registered it and not deregistered it.
     uses: Uses,
 }
@@ -136,6 +139,7 @@ impl Registration {
             regions: Mutex::new(vec![None; all_rails.len()]),
             users: Mutex::default(),
             rails,
+            published: None,
             uses: Uses::new(),
         };
         let mut refusal = None;
@@ -154,6 +158,18 @@ impl Registration {
             }
         }
         Ok(registration)
+    }
+
+    /// Lets agents of this host reach it, if it is memory that they can.
+    pub fn publish(&mut self, board: &Arc<Board>) {
+        if self.is_host_memory() {
+            self.published = board.publish(self.memory.range);
+        }
+    }
+
+    /// Agents of this host begin no copy with it any more. Returns those that may be within one.
+    pub fn withdraw(&self) -> Option<Copiers> {
+        self.published.as_ref().map(Published::withdraw)
     }
 
     /// The range.
@@ -182,6 +198,11 @@ impl Registration {
                 "{self}: no CUDA context is active on device {ordinal}: use the device (cudaSetDevice) first"
             ))
         })
+    }
+
+    /// Whether the processor copies it.
+    pub fn is_host_memory(&self) -> bool {
+        matches!(self.memory.hmem, Hmem::System)
     }
 
     /// Whether no rail reaches it: GPU memory that moves by way of host memory.
@@ -239,7 +260,8 @@ impl Registration {
         if self.is_staged() {
             keys[0] = Some(STAGED_KEY);
         }
-        PublicMetadata { keys, addr: self.memory.range.addr() }
+        let board = self.published.as_ref().map(Published::entry);
+        PublicMetadata { keys, addr: self.memory.range.addr(), board }
     }
 
     /// Checks that a descriptor lies inside.
@@ -306,6 +328,8 @@ pub struct RemoteRegion {
     peer: PeerId,
     metadata: PublicMetadata,
     is_staged: bool,
+    /// How it is reached without a network, once that was tried.
+    nearby: OnceLock<Option<NeighbourRegion>>,
 }
 
 impl fmt::Display for RemoteRegion {
@@ -324,7 +348,24 @@ impl RemoteRegion {
         stages_vram: bool,
         metadata: PublicMetadata,
     ) -> Self {
-        Self { desc, kind, agent, peer, metadata, is_staged: kind == MemKind::Vram && stages_vram }
+        let is_staged = kind == MemKind::Vram && stages_vram;
+        Self { desc, kind, agent, peer, metadata, is_staged, nearby: OnceLock::new() }
+    }
+
+    /// How it is reached without a network, if its agent is a neighbour and that works: it is tried the first time.
+    pub fn nearby(&self, neighbour: &Arc<Neighbour>) -> Option<&NeighbourRegion> {
+        self.nearby.get_or_init(|| self.try_nearby(neighbour)).as_ref()
+    }
+
+    fn try_nearby(&self, neighbour: &Arc<Neighbour>) -> Option<NeighbourRegion> {
+        let entry = self.metadata.board.filter(|_| self.kind == MemKind::Dram)?;
+        match neighbour.reaches(entry, self.desc.addr, self.desc.len) {
+            Ok(()) => Some(NeighbourRegion { neighbour: Arc::clone(neighbour), entry }),
+            Err(why) => {
+                log::debug!("{self} is reached by the NICs, though on this host: {why}");
+                None
+            }
+        }
     }
 
     /// Whether none of the peer's rails reaches it: GPU memory that moves by way of the peer's host memory.

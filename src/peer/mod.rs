@@ -14,7 +14,7 @@ mod tally;
 mod wires;
 
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use self::avoided::{Avoided, REST};
@@ -27,6 +27,7 @@ pub use self::tally::Tally;
 pub use self::wires::Outgoing;
 use crate::error::{Error, Result, Status};
 use crate::fabric::efa::NETWORK_HELP;
+use crate::neighbour::{Board, Neighbour};
 use crate::notify::{Limits, Receiver, StockIds};
 use crate::rail::{Destination, Rail, Tag};
 use crate::types::{AgentName, PeerId, RailId};
@@ -42,6 +43,8 @@ pub struct Local {
     pub name: AgentName,
     /// Our connection info.
     pub conn_info: Vec<u8>,
+    /// Where agents of this host look to reach our memory; `None` where they may not, and we do not reach theirs.
+    pub board: Option<Arc<Board>>,
     /// Our rails; peers send control messages to the first, and ours to another when that has failed.
     pub rails: Vec<Arc<Rail>>,
     /// Sessions given out; only grows, also over restarts.
@@ -111,6 +114,8 @@ pub struct Peer {
     avoided: Avoided,
     /// Hellos that have not left: another one would only stand behind them.
     hellos_unsent: AtomicU32,
+    /// How its memory is reached without a network, once that was tried.
+    neighbour: OnceLock<Option<Arc<Neighbour>>>,
     tally: Tally,
 }
 
@@ -184,6 +189,7 @@ impl Peer {
             diversions: AtomicU16::new(0),
             avoided: Avoided::default(),
             hellos_unsent: AtomicU32::new(0),
+            neighbour: OnceLock::new(),
             tally: Tally::default(),
             local: Arc::clone(local),
         }
@@ -304,6 +310,28 @@ impl Peer {
     /// Whether its VRAM is reached through its host memory.
     pub fn stages_vram(&self) -> bool {
         self.extension().is_some_and(Extension::stages_vram)
+    }
+
+    /// How its memory is reached without a network, if it is on this host and that works: it is tried the first time.
+    pub fn neighbour(&self) -> Option<&Arc<Neighbour>> {
+        self.neighbour.get_or_init(|| self.meet()).as_ref()
+    }
+
+    fn meet(&self) -> Option<Arc<Neighbour>> {
+        let (own, info) = (self.local.board.as_ref()?, self.info.host.as_ref()?);
+        match Neighbour::meet(own.info(), info) {
+            Ok(neighbour) => {
+                log::info!(
+                    "{} is on this host: its host memory is reached directly ({neighbour:?})",
+                    self.name
+                );
+                Some(Arc::new(neighbour))
+            }
+            Err(why) => {
+                log::debug!("{} is reached by the NICs: {why}", self.name);
+                None
+            }
+        }
     }
 
     /// Whether the handshake is over.

@@ -12,5 +12,6 @@ pub mod nrt;
 pub mod numa;
 pub mod page;
 pub mod panic;
+pub mod process;
 pub mod tcp;
 pub mod thread;

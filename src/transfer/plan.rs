@@ -57,6 +57,8 @@ pub struct Cutting {
 const CHUNK_BYTES_MIN: u64 = 128 * 1024;
 /// Chunks begin at multiples of this from the start of their piece.
 const CHUNK_ALIGN: u64 = 4096;
+/// Longest slice of what no NIC moves: a multiple of the page size whose length fits.
+const SLICE_BYTES_MAX: u64 = 1 << 31;
 /// One more rail is invited for each so many slices.
 const SLICES_PER_RAIL: usize = 16;
 
@@ -115,6 +117,17 @@ impl Cutter {
             slices: Vec::with_capacity(capacity),
             long: None,
         }
+    }
+
+    /// For descriptors that no NIC moves: nothing is cut but what a slice cannot hold.
+    pub fn whole(capacity: usize) -> Self {
+        let longest = SLICE_BYTES_MAX;
+        let cutting = Cutting {
+            striping_threshold_bytes: longest,
+            chunk_bytes_max: longest,
+            message_bytes_max: longest,
+        };
+        Self::new(&cutting, 1, capacity)
     }
 
     /// Adds pairs of descriptors of one pair of regions: address here, address there, length. Returns how many there were.

@@ -4,12 +4,15 @@
 //! notification) and is over when none is left. Rails hold the work of a post for as long as anything of it is in
 //! flight, so a host that releases a request early only lets go of its own share.
 //!
+//! What moves without a NIC is one part more ([`CopyWork`]).
+//!
 //! A request knows nothing of peers. When a part is over it says what is to be done next.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::copies::{Copies, CopyList, CopyWork};
 use super::plan::{self, Lane};
 use super::state::PostState;
 use crate::error::{Error, Result, Status};
@@ -26,13 +29,15 @@ pub struct Part {
     pub list: Arc<RmaList>,
 }
 
-/// A prepared transfer with one remote peer.
+/// A prepared transfer with one peer, or with the agent itself.
 pub struct Transfer {
     op: Op,
     bytes: u64,
     lanes: Vec<Lanes>,
     /// The list of each set of lanes; none once one of the local ranges is deregistered.
     lists: Mutex<Vec<Arc<RmaList>>>,
+    /// What is copied.
+    copies: Option<Arc<CopyList>>,
     /// Local registrations in use.
     registrations: Vec<Arc<Registration>>,
     state: PostState,
@@ -53,6 +58,7 @@ struct Post {
     /// Sent when the data has arrived.
     notification: Option<Vec<u8>>,
     works: Vec<Arc<Work>>,
+    copying: Option<Arc<CopyWork>>,
     failed_at: Option<Instant>,
     posted_at: Option<Instant>,
 }
@@ -74,9 +80,15 @@ pub enum Next {
 }
 
 impl Transfer {
-    /// A request that was never posted.
-    pub fn new(op: Op, parts: Vec<Part>, registrations: Vec<Arc<Registration>>) -> Arc<Self> {
-        let bytes = parts.iter().map(|part| part.list.bytes()).sum();
+    /// A request that was never posted, of what NICs move and of what is copied.
+    pub fn new(
+        op: Op,
+        parts: Vec<Part>,
+        copies: Option<CopyList>,
+        registrations: Vec<Arc<Registration>>,
+    ) -> Arc<Self> {
+        let bytes =
+            parts.iter().map(|part| part.list.bytes()).chain(copies.as_ref().map(CopyList::bytes)).sum();
         let (lanes, lists) = parts
             .into_iter()
             .map(|part| (Lanes { all: part.lanes, invited: AtomicU64::new(0) }, part.list))
@@ -86,6 +98,7 @@ impl Transfer {
             bytes,
             lanes,
             lists: Mutex::new(lists),
+            copies: copies.map(Arc::new),
             registrations,
             state: PostState::default(),
             parts: AtomicU32::new(0),
@@ -108,6 +121,11 @@ impl Transfer {
         self.bytes
     }
 
+    /// Whether it is copied, and no NIC moves it.
+    pub fn is_copied(&self) -> bool {
+        self.copies.is_some()
+    }
+
     /// Whether the last post is over.
     pub fn is_over(&self) -> bool {
         !self.state.is_in_flight()
@@ -126,30 +144,34 @@ impl Transfer {
         Ok(())
     }
 
-    /// Invites rails to the work of a post: as many as it deserves, beginning at a place that `turn` decides. `tag` comes back
-    /// when a part of it is over. `way` tells where a lane leads, if it can be used, `prefer` whether it should be. False if
-    /// there is work that no lane can be used for.
+    /// Leaves what is to be copied with `copies`, and invites rails to the other work of a post: as many as it deserves,
+    /// beginning at a place that `turn` decides. `tag` comes back when a part of it is over. `way` tells where a lane leads,
+    /// if it can be used, `prefer` whether it should be. False if there is work that no lane can be used for.
     #[must_use]
     pub fn launch(
         &self,
         tag: &Tag,
         turn: usize,
         rails: &[Arc<Rail>],
+        copies: &Copies,
         way: impl Fn(Lane) -> Option<Destination>,
         prefer: impl Fn(Lane) -> bool,
     ) -> bool {
         // While the post is in use of its registrations, their regions stay.
         let lists = self.lists.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let works: Vec<_> = lists.into_iter().map(|list| Work::new(self.op, list, Arc::clone(tag))).collect();
+        let copying = self.copies.as_ref().map(|list| CopyWork::new(Arc::clone(list), Arc::clone(tag)));
         {
             // Under the lock: who fails the post stops all of it, or comes before and nothing is begun.
             let mut post = self.lock();
             if self.state.is_stopped() {
                 return true;
             }
-            self.parts.fetch_add(works.len() as u32, Ordering::Relaxed);
+            self.parts.fetch_add((works.len() + usize::from(copying.is_some())) as u32, Ordering::Relaxed);
             post.works.clone_from(&works);
+            post.copying.clone_from(&copying);
         }
+        copying.inspect(|work| copies.push(Arc::clone(work)));
         self.lanes.iter().zip(works).all(|(lanes, work)| {
             let count = plan::rails_worth(work.len() as usize, work.bytes(), lanes.all.len());
             let first = turn % lanes.all.len();
@@ -204,6 +226,7 @@ impl Transfer {
             if self.state.fail(error) {
                 post.failed_at = Some(Instant::now());
             }
+            post.copying.as_ref().inspect(|work| work.stop());
             post.works.clone()
         };
         events.extend(works.into_iter().filter(|work| work.stop()).map(|work| Event::WorkOver { work }));
@@ -217,6 +240,7 @@ impl Transfer {
         // Errors are recorded under this lock: what is decided here is what the host is told.
         let mut post = self.lock();
         post.works.clear();
+        post.copying = None;
         let failure = self.state.failure();
         let outcome = match &failure {
             Some(error) => Err(error.status()),

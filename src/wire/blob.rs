@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::host::{BoardEntry, HostInfo};
 use super::serdes::{Reader, Writer, malformed};
 use crate::error::Result;
 
@@ -67,6 +68,8 @@ pub struct ConnectionInfo {
     pub endpoints: Vec<EndpointName>,
     /// What a stock agent has not; `None` also for an agent whose extension we do not know.
     pub extension: Option<Extension>,
+    /// How agents of its host reach it; `None` for one that has to be reached by its NICs.
+    pub host: Option<HostInfo>,
 }
 
 /// What an agent of this project says about itself. WIRE.md, "Extension of connection info".
@@ -191,6 +194,9 @@ impl ConnectionInfo {
         if let Some(extension) = &self.extension {
             writer.field(EXTENSION_TAG, &extension.encode(&self.endpoints));
         }
+        if let Some(host) = &self.host {
+            writer.field(HostInfo::TAG, &host.encode());
+        }
         writer.finish()
     }
 
@@ -211,7 +217,11 @@ impl ConnectionInfo {
             Some(bytes) => Extension::decode(bytes, &mut endpoints)?,
             None => None,
         };
-        Ok(Self { endpoints, extension })
+        let host = match reader.optional_field(HostInfo::TAG)? {
+            Some(bytes) => HostInfo::decode(bytes)?,
+            None => None,
+        };
+        Ok(Self { endpoints, extension, host })
     }
 }
 
@@ -241,6 +251,8 @@ pub struct PublicMetadata {
     pub keys: Vec<Option<u64>>,
     /// First byte of the buffer, as the owner sees it.
     pub addr: u64,
+    /// Its place on the owner's board, where agents of the owner's host may reach it.
+    pub board: Option<BoardEntry>,
 }
 
 impl PublicMetadata {
@@ -251,6 +263,9 @@ impl PublicMetadata {
             writer.field(&format!("{KEY_TAG}{rail}"), &key.unwrap_or(NO_KEY).to_le_bytes());
         }
         writer.field(ADDR_TAG, &self.addr.to_le_bytes());
+        if let Some(board) = &self.board {
+            writer.field(BoardEntry::TAG, &board.encode());
+        }
         writer.finish()
     }
 
@@ -264,6 +279,7 @@ impl PublicMetadata {
         };
         let keys = (0..rail_count).map(&mut key).collect::<Result<_>>()?;
         let addr = u64::from_le_bytes(reader.fixed(ADDR_TAG)?);
-        Ok(Self { keys, addr })
+        let board = reader.optional_field(BoardEntry::TAG)?.map(BoardEntry::decode).transpose()?;
+        Ok(Self { keys, addr, board })
     }
 }

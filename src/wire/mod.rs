@@ -7,6 +7,7 @@
 pub mod blob;
 pub mod control;
 pub mod handshake;
+pub mod host;
 pub mod immediate;
 pub mod serdes;
 pub mod staging;
@@ -17,6 +18,7 @@ pub use blob::{
 };
 pub use control::{Body, ControlMessage, Fragment, FragmentCursor};
 pub use handshake::{Handshake, HandshakeExtension};
+pub use host::{BoardEntry, HostInfo};
 pub use immediate::Immediate;
 pub use staging::Staging;
 pub use stock::{StockFirst, StockFragment, StockFragmentCursor};

@@ -1,4 +1,5 @@
 use proptest::collection::vec;
+use proptest::option::of as option;
 use proptest::prelude::*;
 
 use super::serdes::{Reader, Writer};
@@ -21,6 +22,24 @@ fn extension() -> impl Strategy<Value = Extension> {
     )
 }
 
+fn host() -> impl Strategy<Value = HostInfo> {
+    any::<([u8; 16], u64, u32, u32, u64, u64, [u8; 16])>().prop_map(
+        |(boot_id, pid_namespace, pid, board_fd, start_time, board_addr, nonce)| HostInfo {
+            boot_id,
+            pid_namespace,
+            pid,
+            board_fd,
+            start_time,
+            board_addr,
+            nonce,
+        },
+    )
+}
+
+fn board_entry() -> impl Strategy<Value = BoardEntry> {
+    (any::<u32>(), 1..=u64::MAX).prop_map(|(number, generation)| BoardEntry { number, generation })
+}
+
 fn stock_fragments(cursor: &mut StockFragmentCursor) -> Vec<Vec<u8>> {
     let mut buffer = Vec::new();
     std::iter::from_fn(|| cursor.next_into(&mut buffer).then(|| buffer.clone())).collect()
@@ -33,22 +52,27 @@ fn fragments(cursor: &mut FragmentCursor) -> Vec<Vec<u8>> {
 
 proptest! {
     #[test]
-    fn connection_info_reads_back(names in vec(endpoint(), 1..40), ext in extension()) {
-        let info = ConnectionInfo { endpoints: names, extension: Some(ext) };
-        prop_assert_eq!(ConnectionInfo::decode(&info.encode()).unwrap(), info);
+    fn connection_info_reads_back(names in vec(endpoint(), 1..40), ext in extension(), host in option(host())) {
+        let info = ConnectionInfo { endpoints: names, extension: Some(ext), host };
+        let mut blob = info.encode();
+        blob.extend_from_slice(b"of a later version");
+        prop_assert_eq!(ConnectionInfo::decode(&blob).unwrap(), info);
     }
 
     #[test]
-    fn a_stock_reader_finds_its_part_unchanged(names in vec(endpoint(), 1..20), ext in extension()) {
-        let mut info = ConnectionInfo { endpoints: names, extension: None };
+    fn a_stock_reader_finds_its_part_unchanged(names in vec(endpoint(), 1..20), ext in extension(), host in host()) {
+        let mut info = ConnectionInfo { endpoints: names, extension: None, host: None };
         let stock = info.encode();
         info.extension = Some(ext);
-        prop_assert!(info.encode().starts_with(&stock));
+        let older = info.encode();
+        prop_assert!(older.starts_with(&stock));
+        info.host = Some(host);
+        prop_assert!(info.encode().starts_with(&older), "as a reader of our older versions does");
     }
 
     #[test]
-    fn metadata_reads_back(keys in vec(proptest::option::of(0..u64::MAX), 0..64), addr: u64) {
-        let metadata = PublicMetadata { keys, addr };
+    fn metadata_reads_back(keys in vec(option(0..u64::MAX), 0..64), addr: u64, board in option(board_entry())) {
+        let metadata = PublicMetadata { keys, addr, board };
         let mut blob = metadata.encode();
         blob.extend_from_slice(b"of a later version");
         prop_assert_eq!(PublicMetadata::decode(&blob, metadata.keys.len()).unwrap(), metadata);
@@ -136,13 +160,15 @@ proptest! {
     fn decoders_survive_damaged_messages(
         names in vec(endpoint(), 1..4),
         ext in extension(),
+        host in option(host()),
+        board in option(board_entry()),
         damage in vec((any::<proptest::sample::Index>(), any::<u8>()), 1..4),
         cut: proptest::sample::Index,
     ) {
-        let conn = ConnectionInfo { endpoints: names, extension: Some(ext) }.encode();
+        let conn = ConnectionInfo { endpoints: names, extension: Some(ext), host }.encode();
         let extension = Some(HandshakeExtension { session: 1, peer_session: 2, answer_wanted: true, retired: [0; 2] });
         let handshake = Handshake { index: 3, name: b"name".to_vec(), conn: Some(conn.clone()), extension };
-        let metadata = PublicMetadata { keys: vec![Some(1), None], addr: 7 };
+        let metadata = PublicMetadata { keys: vec![Some(1), None], addr: 7, board };
         for mut bytes in [conn, handshake.encode().unwrap(), metadata.encode()] {
             for (at, value) in &damage {
                 let at = at.index(bytes.len());
@@ -177,7 +203,7 @@ fn decode_all(bytes: &[u8]) {
 }
 
 fn info(rails: usize) -> ConnectionInfo {
-    ConnectionInfo { endpoints: vec![EndpointName::new(b"ep").unwrap(); rails], extension: None }
+    ConnectionInfo { endpoints: vec![EndpointName::new(b"ep").unwrap(); rails], extension: None, host: None }
 }
 
 #[test]
@@ -242,7 +268,7 @@ fn rail_counts_are_bounded() {
 fn the_largest_connection_info_fits() {
     let ext = Extension { capabilities: 0, incarnation: 0, control_bytes_max: 0, notif_bytes_max: 0 };
     let endpoints = vec![EndpointName::new(&[1; 256]).unwrap(); RAILS_MAX];
-    let info = ConnectionInfo { endpoints, extension: Some(ext) };
+    let info = ConnectionInfo { endpoints, extension: Some(ext), host: None };
     assert_eq!(ConnectionInfo::decode(&info.encode()).unwrap(), info);
 }
 

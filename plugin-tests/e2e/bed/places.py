@@ -54,6 +54,8 @@ class Host:
         }
         if self.plugin == "ours":
             environment["NIXL_PLUGIN_DIR"] = os.environ.get("PLUGIN_DIR", str(TARGET / "plugins"))
+            # All agents of the bed are on one host, and most tests are about the network. An option of an agent beats it.
+            environment["NIXL_LIBFABRIC_SAME_HOST"] = "off"
         if self.plugin == "ucx":
             # Its default between processes of one host is shared memory: tcp is the like-for-like comparison.
             environment |= {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo"}

@@ -43,12 +43,18 @@ pub struct Group {
     _time: VirtualTime,
 }
 
+/// These parameters, and that the network is used: agents that are all in this process would reach one another without it.
+pub fn by_network(mut params: BTreeMap<String, String>) -> BTreeMap<String, String> {
+    params.insert("same_host".to_owned(), "off".to_owned());
+    params
+}
+
 /// Parameters of an engine.
 pub fn init(name: &AgentName, options: &[(&str, &str)]) -> InitParams {
     let params = options.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
     InitParams {
         local_agent: name.clone(),
-        params,
+        params: by_network(params),
         progress_thread: false,
         progress_delay: Duration::ZERO,
         poison: Arc::default(),

@@ -7,6 +7,8 @@
 
 #[path = "../../../src/progress/asleep.rs"]
 mod asleep;
+#[path = "../../../src/neighbour/epochs.rs"]
+mod epochs;
 #[path = "../../../src/notify/inbox.rs"]
 mod inbox;
 #[path = "../../../src/rail/owner.rs"]
@@ -63,7 +65,7 @@ pub mod sync {
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::sync::Notify;
-use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use loom::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use loom::thread;
 
 use self::asleep::Asleep;
@@ -195,6 +197,85 @@ fn memory_is_closed_when_nothing_uses_it_and_then_for_certain() {
         region.deregister();
         post.join().unwrap();
         assert!(region.closed.load(Ordering::Acquire), "the NIC still reaches it");
+    });
+}
+
+/// A region on a board, and a copier: withdrawn memory is written by its owner.
+struct Shared {
+    generation: AtomicU64,
+    addr: AtomicU64,
+    len: AtomicU64,
+    epoch: AtomicU64,
+    memory: UnsafeCell<bool>,
+}
+
+impl Shared {
+    fn place(&self) -> epochs::Place<'_> {
+        epochs::Place { generation: &self.generation, addr: &self.addr, len: &self.len }
+    }
+
+    /// A region of generation 1.
+    fn published() -> Arc<Self> {
+        let zero = || AtomicU64::new(0);
+        let (generation, addr, len, epoch) = (zero(), zero(), zero(), zero());
+        let shared = Arc::new(Self { generation, addr, len, epoch, memory: UnsafeCell::new(true) });
+        shared.place().publish(1, (10, 11));
+        shared
+    }
+
+    /// As `Slot::begin` and `Turn`.
+    fn turn(&self) {
+        epochs::begin(&self.epoch);
+        if let Some(range) = self.place().range(1) {
+            assert_eq!(range, (10, 11), "the range of another region");
+            let mine = self.memory.with(|open| {
+                // SAFETY: the region was found in a turn, so its owner waits: what the test is about, and loom sees to.
+                unsafe { *open }
+            });
+            assert!(mine, "memory that was deregistered is copied");
+        }
+        epochs::end(&self.epoch);
+    }
+}
+
+#[test]
+fn what_is_withdrawn_is_left_by_those_who_copy() {
+    loom::model(|| {
+        let shared = Shared::published();
+        let copier = thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || (0..2).for_each(|_| shared.turn())
+        });
+        // As `Published::withdraw` and `Copiers::have_left`.
+        shared.place().withdraw();
+        if let Some(turn) = epochs::turn(&shared.epoch) {
+            while !epochs::is_over(&shared.epoch, turn) {
+                thread::yield_now();
+            }
+        }
+        shared.memory.with_mut(|open| {
+            // SAFETY: nobody copies it any more: loom says so if somebody does.
+            unsafe { *open = false };
+        });
+        copier.join().unwrap();
+    });
+}
+
+#[test]
+fn a_place_that_is_another_regions_by_now_tells_nothing_of_it() {
+    loom::model(|| {
+        let shared = Shared::published();
+        let copier = thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || {
+                // In no turn, as after a wait that was given up.
+                shared.place().range(1).inspect(|range| assert_eq!(*range, (10, 11)));
+            }
+        });
+        shared.place().withdraw();
+        shared.place().publish(2, (20, 21));
+        copier.join().unwrap();
+        assert_eq!(shared.place().range(2), Some((20, 21)));
     });
 }
 

@@ -9,6 +9,7 @@ use nixl_libfabric::engine::{Engine, InitParams, Metadata, XferDesc};
 use nixl_libfabric::error::Status;
 use nixl_libfabric::types::{AgentName, Desc, MemKind, Op};
 use nixl_libfabric_sim::memory::{Arena, SLOT};
+use nixl_libfabric_sim::pair::by_network;
 use nixl_libfabric_sim::provider::{library, on_host};
 use nixl_libfabric_sim::world::{EFA, World};
 
@@ -33,7 +34,7 @@ fn open(world: &Arc<World>, name: &str, progress_thread: bool) -> Side {
     let name = AgentName::from(name);
     let init = InitParams {
         local_agent: name.clone(),
-        params: [("num_threads".to_owned(), "2".to_owned())].into(),
+        params: by_network([("num_threads".to_owned(), "2".to_owned())].into()),
         progress_thread,
         progress_delay: Duration::from_micros(10),
         poison: Arc::default(),

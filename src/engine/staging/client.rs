@@ -357,7 +357,7 @@ impl Client {
         let ways: Option<_> = lanes.iter().zip(keys).map(way).collect();
         let ways = ways.ok_or_else(|| Error::not_found("a local region is being deregistered"))?;
         let list = Arc::new(RmaList::new(cutter.finish(), ways, 1)?);
-        let transfer = Transfer::new(staged.op, vec![Part { lanes, list }], registrations);
+        let transfer = Transfer::new(staged.op, vec![Part { lanes, list }], None, registrations);
         let remote = Arc::new(Remote { transfer, peer: Arc::clone(&staged.peer), is_chunk: true });
         remote.post(None, shared)?;
         Ok(remote)
@@ -484,7 +484,7 @@ mod tests {
             for (slot_bytes, slots, addr) in edges {
                 let bytes = u64::from(slot_bytes) * u64::from(slots);
                 let usable = slots > 0 && slot_bytes >= SLOT_BYTES_MIN && addr.checked_add(bytes).is_some();
-                let granted = Granted::new(slot_bytes, slots, PublicMetadata { keys: vec![Some(1)], addr });
+                let granted = Granted::new(slot_bytes, slots, PublicMetadata { keys: vec![Some(1)], addr, board: None });
                 prop_assert_eq!(granted.is_ok(), usable);
                 if let Ok(granted) = granted {
                     prop_assert_eq!(granted.free.len(), usize::from(slots));

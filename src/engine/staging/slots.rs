@@ -67,6 +67,7 @@ impl Slots {
         PublicMetadata {
             keys: self.regions.iter().map(|region| Some(region.key())).collect(),
             addr: self.memory.span().addr(),
+            board: None,
         }
     }
 }

@@ -10,6 +10,7 @@ use nixl_libfabric::types::{Desc, MemKind};
 use super::{CONNECT_MS, MS, Play, SLOTS, Stage, outcome};
 use crate::clock;
 use crate::memory::Arena;
+use crate::pair::by_network;
 use crate::provider;
 use crate::world::Breakage;
 
@@ -21,7 +22,7 @@ impl Play {
         let name = self.agents[index].name.clone();
         let init = InitParams {
             local_agent: name,
-            params: self.plan.options.clone(),
+            params: by_network(self.plan.options.clone()),
             progress_thread: false,
             progress_delay: Duration::ZERO,
             poison: Arc::default(),
