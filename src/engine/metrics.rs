@@ -35,6 +35,7 @@ pub(super) struct TransferCounts {
     times: [[Histogram; SIZES.len()]; OPS.len()],
     errors: [AtomicU64; ERRORS.len()],
     staged_bytes: [AtomicU64; OPS.len()],
+    same_host_bytes: [AtomicU64; OPS.len()],
     /// Transfers that `transfer_timeout_ms` ended.
     late: AtomicU64,
     /// Waits that `drain_timeout_ms` ended.
@@ -62,6 +63,13 @@ impl TransferCounts {
     pub fn chunk_over(&self, op: Op, bytes: u64, outcome: Result<Duration, Status>) {
         if outcome.is_ok() {
             self.staged_bytes[op as usize].fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
+
+    /// A transfer that no NIC moved is over.
+    pub fn same_host_over(&self, op: Op, bytes: u64, outcome: Result<Duration, Status>) {
+        if outcome.is_ok() {
+            self.same_host_bytes[op as usize].fetch_add(bytes, Ordering::Relaxed);
         }
     }
 
@@ -143,6 +151,7 @@ impl Works {
         for peer in peers.iter().take(PEERS_SHOWN_MAX) {
             let name = label_of(peer.name(), peer.id().0);
             samples.add(Metric::PeerReady, &[&name], peer.is_ready());
+            samples.add(Metric::PeerSameHost, &[&name], peer.is_neighbour());
             let tally = peer.tally();
             for (op, word) in OPS {
                 let (transfers, bytes) = tally.moved(op);
@@ -163,6 +172,8 @@ impl TransferCounts {
             }
             let staged = self.staged_bytes[op as usize].load(Ordering::Relaxed);
             samples.add(Metric::StagedBytes, &[&word], staged);
+            let same_host = self.same_host_bytes[op as usize].load(Ordering::Relaxed);
+            samples.add(Metric::SameHostBytes, &[&word], same_host);
         }
         for ((_, kind), count) in ERRORS.iter().zip(&self.errors) {
             samples.add(Metric::TransferErrors, &[kind], count.load(Ordering::Relaxed));

@@ -122,7 +122,12 @@ impl Remote {
                 let _ = outcome.inspect(|&took| shared.remote_rates.record(bytes, took));
                 match &shared.counts {
                     Some(counts) if self.is_chunk => counts.chunk_over(op, bytes, outcome),
-                    Some(counts) => counts.over(self.peer.tally(), op, bytes, outcome),
+                    Some(counts) => {
+                        if self.transfer.is_copied() {
+                            counts.same_host_over(op, bytes, outcome);
+                        }
+                        counts.over(self.peer.tally(), op, bytes, outcome);
+                    }
                     None => {}
                 }
             }

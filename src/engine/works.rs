@@ -64,12 +64,18 @@ impl Works {
     pub fn drain(&self) {
         let start = Instant::now();
         let mut last_event = start;
-        while self.shared.copies.is_busy() || !self.shared.local.rails.iter().all(|rail| rail.is_idle()) {
-            if self.drive_all() > 0 {
+        loop {
+            let copying = self.shared.copies.is_busy();
+            if !copying && self.shared.local.rails.iter().all(|rail| rail.is_idle()) {
+                return;
+            }
+            let handled = self.drive_all();
+            let late = start.elapsed() > self.shared.config.drain_timeout;
+            // To ask a GPU whether it has copied is something done, too, though nothing gets on.
+            if handled > 0 && !(copying && late) {
                 last_event = Instant::now();
                 continue;
             }
-            let late = start.elapsed() > self.shared.config.drain_timeout;
             if late || last_event.elapsed() > DRAIN_SILENCE {
                 if late {
                     self.shared.counts.as_ref().inspect(|counts| counts.undrained());

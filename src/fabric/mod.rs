@@ -63,6 +63,14 @@ impl MemoryRange {
         Self { addr, len }
     }
 
+    /// Memory for tests, never freed, filled with a byte.
+    #[cfg(test)]
+    pub(crate) fn leaked(len: usize, fill: u8) -> (Self, &'static [std::sync::atomic::AtomicU8]) {
+        let bytes = (0..len).map(|_| std::sync::atomic::AtomicU8::new(fill)).collect::<Vec<_>>().leak();
+        // SAFETY: nobody frees it, and atomics tolerate that others write it.
+        (unsafe { Self::assume_registered(bytes.as_ptr() as u64, len as u64) }, bytes)
+    }
+
     /// First byte.
     pub fn addr(&self) -> u64 {
         self.addr

@@ -83,6 +83,8 @@ metrics! {
     Counter TransferErrors = "transfer_errors_total" ["kind"];
     "Bytes that this side moved by way of host memory (`vram_staging`)."
     Counter StagedBytes = "staged_bytes_total" ["op"];
+    "Bytes that this side moved to and from peers on this host without a network (`same_host`)."
+    Counter SameHostBytes = "same_host_bytes_total" ["op"];
     "Deadlines hit, by the option that sets them."
     Counter Deadlines = "deadlines_total" ["option"];
     "Messages of peers that were dropped because they made no sense."
@@ -92,6 +94,8 @@ metrics! {
     Gauge Peers = "peers" [];
     "1 when the handshake with the peer is over."
     Gauge PeerReady = "peer_ready" ["peer"];
+    "1 when the peer is on this host and its host memory is reached without a network."
+    Gauge PeerSameHost = "peer_same_host" ["peer"];
     "Transfers with the peer that went well."
     Counter PeerTransfers = "peer_transfers_total" ["peer", "op"];
     "Bytes of these."

@@ -111,6 +111,15 @@ impl Words {
         self.place(Self::at(number)).range(entry.generation)
     }
 
+    /// Writes something into every word.
+    #[cfg(test)]
+    pub fn scribble(&self, with: &[u64]) {
+        self.0
+            .iter()
+            .zip(with.iter().cycle())
+            .for_each(|(word, value)| word.store(*value, Ordering::Relaxed));
+    }
+
     fn at(region: usize) -> usize {
         REGIONS_AT + region * REGION_WORDS
     }

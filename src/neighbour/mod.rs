@@ -12,6 +12,7 @@ mod epochs;
 
 use std::fmt;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use self::board::{Board, Copiers, Published};
@@ -32,6 +33,8 @@ pub struct Neighbour {
     slots: Mutex<Vec<usize>>,
     /// This process: a child of it, which has the same slots, leaves them alone.
     pid: u32,
+    /// The kernel does not allow it any more.
+    lost: AtomicBool,
 }
 
 impl fmt::Debug for Neighbour {
@@ -70,7 +73,20 @@ impl Neighbour {
         let Some(slot) = board.claim(me).or_else(|| board.claim_of_ended(me)) else {
             return refuse("too many reach its memory already");
         };
-        Ok(Self { process, info: *peer, board, me, slots: Mutex::new(vec![slot]), pid: std::process::id() })
+        Ok(Self {
+            process,
+            info: *peer,
+            board,
+            me,
+            slots: Mutex::new(vec![slot]),
+            pid: std::process::id(),
+            lost: AtomicBool::new(false),
+        })
+    }
+
+    /// Whether the kernel has taken back what it allowed: the peer may have changed its user, or what others may do to it.
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Relaxed)
     }
 
     /// Tries whether a region can be reached: its first and its last byte are read. Memory of a device that is mapped into the
@@ -97,6 +113,12 @@ impl Neighbour {
         if e.kind() == io::ErrorKind::NotFound || self.process.has_ended() {
             return Error::disconnected(format!("its process ({}) has ended", self.process.pid()));
         }
+        if e.kind() == io::ErrorKind::PermissionDenied && !self.lost.swap(true, Ordering::Relaxed) {
+            log::warn!(
+                "process {} is reached by the NICs from now on: {e}; transfers that were prepared before fail",
+                self.process.pid()
+            );
+        }
         let what = format!("the memory of its process ({}) cannot be reached: {e}", self.process.pid());
         Error::new(Status::Backend, what)
     }
@@ -110,7 +132,7 @@ impl Drop for Neighbour {
     fn drop(&mut self) {
         if self.pid == std::process::id() {
             for slot in std::mem::take(&mut *self.lock()) {
-                self.board.slot(slot).owner.store(0, std::sync::atomic::Ordering::Release);
+                self.board.slot(slot).owner.store(0, Ordering::Release);
             }
         }
     }
@@ -188,3 +210,6 @@ pub struct NeighbourRegion {
     /// Where it stands on the board.
     pub entry: BoardEntry,
 }
+
+#[cfg(test)]
+mod tests;

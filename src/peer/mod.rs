@@ -314,7 +314,12 @@ impl Peer {
 
     /// How its memory is reached without a network, if it is on this host and that works: it is tried the first time.
     pub fn neighbour(&self) -> Option<&Arc<Neighbour>> {
-        self.neighbour.get_or_init(|| self.meet()).as_ref()
+        self.neighbour.get_or_init(|| self.meet()).as_ref().filter(|neighbour| !neighbour.is_lost())
+    }
+
+    /// Whether it was tried and works.
+    pub fn is_neighbour(&self) -> bool {
+        self.neighbour.get().is_some_and(|tried| tried.as_ref().is_some_and(|neighbour| !neighbour.is_lost()))
     }
 
     fn meet(&self) -> Option<Arc<Neighbour>> {
