@@ -20,6 +20,7 @@ def pytest_addoption(parser):
     group.addoption("--devices", type=int, default=4, help="EFA devices of each host")
     group.addoption("--topology", default="p5.48xlarge", help="instance type that the EFA devices are of; a p4d.24xlarge cannot write")
     group.addoption("--shm", action="store_true", help="let the efa provider have its shared memory, which is its default")
+    group.addoption("--same-host", action="store_true", help="let agents reach each other's host memory without a network, which is their default")
     group.addoption("--seed", type=int, default=1, help="decides order and faults of the EFA devices")
     group.addoption("--libfabric", default=NEWEST_LIBFABRIC,
                     help=f"comma-separated versions, or 'all': {', '.join(LIBFABRIC_VERSIONS)}")
@@ -59,7 +60,9 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def host(request, libfabric):
-    return Host(request.config.getoption("plugin"), request.config.getoption("nixl"), libfabric)
+    option = request.config.getoption
+    extra = (("NIXL_LIBFABRIC_SAME_HOST", "auto"),) if option("same_host") else ()
+    return Host(option("plugin"), option("nixl"), libfabric, extra)
 
 
 @pytest.fixture(scope="session")
