@@ -2,7 +2,7 @@
 
 PLUGINS := target/plugins
 PYTHON  := target/venv/bin/python
-CORE    := loading transfer self notify release memory hostile options peers rails threads metrics
+CORE    := loading transfer self same_host notify release memory hostile options peers rails threads metrics
 E2E     := $(PYTHON) -m pytest -p no:cacheprovider
 NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
 # Options for the end-to-end tests, such as ARGS="--plugin stock -k notify".
@@ -12,7 +12,7 @@ EFA_TESTS := $(patsubst %,plugin-tests/e2e/test_%.py,efa transfer notify release
 EFA_LONG  := seventy or in_each_phase or failed_operation or test_sizes or both_directions or small_descriptors \
              or (progress-off and (unequal_hosts or random_lists or repost or in_flight or first_operation))
 
-.PHONY: help setup plugin softefa install-plugins wheel test-wheel demo test check unit e2e e2e-core e2e-versions e2e-efa e2e-efa-all soak test-vllm vllm-gpu-bundle bench bench-first bench-slow cost docs test-arm64 test-docs
+.PHONY: help setup plugin softefa install-plugins wheel test-wheel demo test check unit e2e e2e-core e2e-versions e2e-efa e2e-efa-all soak test-vllm vllm-gpu-bundle bench bench-first bench-same-host bench-slow cost docs test-arm64 test-docs
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -59,8 +59,9 @@ e2e: setup plugin softefa ## real NIXL agents on this machine: ARGS="--plugin <o
 e2e-core: setup plugin ## the end-to-end tests without the long ones: fleets of mixed kinds, software EFA devices
 	$(E2E) -q $(addprefix plugin-tests/e2e/test_,$(addsuffix .py,$(CORE)))
 
-e2e-versions: setup plugin ## the heart of them again on Debian's libfabric
+e2e-versions: setup plugin ## the heart of them again on Debian's libfabric, and between agents that reach each other without a network
 	$(E2E) --libfabric=system -q plugin-tests/e2e/test_transfer.py plugin-tests/e2e/test_peers.py
+	$(E2E) --same-host -q -k "random_lists or release_in_flight or turns_notified or four_threads" $(patsubst %,plugin-tests/e2e/test_%.py,transfer release threads)
 
 softefa: ## build the software EFA device, see plugin-tests/softefa/README.md
 	cargo build --release -p softefa
@@ -101,6 +102,9 @@ bench-first: setup plugin softefa ## the first transfer to a peer with 32 softwa
 
 bench-slow: setup plugin softefa ## one slow device among four software EFA devices, ours and stock: ARGS="--rounds 1"
 	$(PYTHON) benches/slow.py $(ARGS)
+
+bench-same-host: setup plugin ## host memory of two processes of one host, beside a bare copy, tcp, stock and UCX: ARGS="--rounds 3"
+	$(PYTHON) benches/same_host.py $(ARGS)
 
 cost: setup plugin softefa ## instructions per descriptor by callgrind, ours and stock: ARGS="--networks tcp:1 --descriptors 4096"
 	$(PYTHON) benches/cost.py $(ARGS)
