@@ -1,5 +1,6 @@
 """The parts of the bench that run inside the agents' processes."""
 
+import ctypes
 import struct
 import time
 
@@ -11,6 +12,8 @@ UNHURRIED_S = 0.0001
 POSTS_MIN = 3
 # Long enough for a handshake, before a transfer that is to find its peer connected.
 CONNECT_S = 0.5
+# Ranges that a call of process_vm takes for each side.
+IOV_MAX = 1024
 
 
 def settle(agent, request, state, pause=None):
@@ -136,3 +139,38 @@ def time_first(worker, metadata, peer, near, far, connects):
     again = time.perf_counter()
     worker.release(handle)
     return loaded - start, connected - loaded, done - posted, connected - start + done - posted, again - done
+
+
+class Range(ctypes.Structure):
+    """`struct iovec`."""
+
+    _fields_ = [("address", ctypes.c_void_p), ("bytes", ctypes.c_size_t)]
+
+
+def time_bare_copies(worker, operation, near, far, pid, least, most, seconds):
+    """The same copies by process_vm_writev(2) and process_vm_readv(2) alone, IOV_MAX ranges in each call; the seconds of each."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    call = libc.process_vm_writev if operation == "WRITE" else libc.process_vm_readv
+    call.restype = ctypes.c_ssize_t
+    calls = []
+    for start in range(0, len(near), IOV_MAX):
+        some = [(Range * len(part))(*part) for part in (near[start : start + IOV_MAX], far[start : start + IOV_MAX])]
+        count = ctypes.c_ulong(len(some[0]))
+        calls.append((some[0], count, some[1], count, sum(size for _, size in near[start : start + IOV_MAX])))
+    pid, flags = ctypes.c_int(pid), ctypes.c_ulong(0)
+    samples = []
+    finish = 0.0
+    # The first goes uncounted, as with transfers.
+    for turn in range(most + 1):
+        start = time.perf_counter()
+        for here, here_count, there, there_count, size in calls:
+            if call(pid, here, here_count, there, there_count, flags) != size:
+                raise RuntimeError(f"process_vm: {ctypes.get_errno()}")
+        end = time.perf_counter()
+        if turn == 0:
+            finish = end + seconds
+            continue
+        samples.append(end - start)
+        if len(samples) >= least and end > finish:
+            break
+    return samples
