@@ -5,6 +5,7 @@
 // finish only after they were asked for, captures that an unsafe call ruins. It writes down each call.
 // "Device memory" is host memory, so copies move real bytes. Hidden, it has a second mapping that only copies know: the
 // addresses that an application sees cannot be read or written, as a GPU's.
+// Memory of a device is a memory file, which another process maps when it is lent, and which outlives its owner.
 //
 // A test drives it through the standin_ functions at the end. For a whole process: CUDA_STANDIN_DEVICES=n,
 // CUDA_STANDIN_FAIL=call:nth:code, CUDA_STANDIN_LOG=path (calls are appended), CUDA_STANDIN_HIDDEN=1.
@@ -13,6 +14,7 @@
 // With -DWITH_CUDA_H the compiler compares each prototype and number here with NVIDIA's header.
 
 #define _GNU_SOURCE
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -20,27 +22,34 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #ifdef WITH_CUDA_H
 #include <cuda.h>
 #else
 typedef unsigned int CUresult, CUdevice_attribute, CUpointer_attribute, CUmemRangeHandleType, CUstreamCaptureMode;
+typedef unsigned int CUmemAllocationHandleType;
 typedef int CUdevice;
 typedef unsigned long long CUdeviceptr, CUmemGenericAllocationHandle;
 typedef struct CUctx_st *CUcontext;
 typedef struct CUstream_st *CUstream;
 typedef struct CUevent_st *CUevent;
+typedef struct CUmod_st *CUmodule;
+typedef struct CUfunc_st *CUfunction;
+typedef struct { char reserved[64]; } CUipcMemHandle;
+typedef struct { unsigned int type; int id; } CUmemLocation;
 typedef struct {
     unsigned int type, requestedHandleTypes;
     struct { unsigned int type; int id; } location;
     void *win32HandleMetaData;
     struct { unsigned char compressionType, gpuDirectRDMACapable; unsigned short usage; unsigned char reserved[4]; } allocFlags;
 } CUmemAllocationProp;
-typedef struct { struct { unsigned int type; int id; } location; unsigned int flags; } CUmemAccessDesc;
+typedef struct { CUmemLocation location; unsigned int flags; } CUmemAccessDesc;
 enum {
     CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1, CUDA_ERROR_OUT_OF_MEMORY = 2, CUDA_ERROR_NO_DEVICE = 100,
-    CUDA_ERROR_INVALID_DEVICE = 101, CUDA_ERROR_INVALID_CONTEXT = 201, CUDA_ERROR_INVALID_HANDLE = 400,
+    CUDA_ERROR_INVALID_DEVICE = 101, CUDA_ERROR_INVALID_CONTEXT = 201, CUDA_ERROR_MAP_FAILED = 205,
+    CUDA_ERROR_UNSUPPORTED_PTX_VERSION = 222, CUDA_ERROR_INVALID_HANDLE = 400,
     CUDA_ERROR_NOT_FOUND = 500, CUDA_ERROR_NOT_READY = 600, CUDA_ERROR_ILLEGAL_ADDRESS = 700,
     CUDA_ERROR_NOT_SUPPORTED = 801, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900,
     CU_POINTER_ATTRIBUTE_CONTEXT = 1, CU_POINTER_ATTRIBUTE_MEMORY_TYPE = 2, CU_POINTER_ATTRIBUTE_SYNC_MEMOPS = 6,
@@ -52,6 +61,7 @@ enum {
     CU_MEMORYTYPE_HOST = 1, CU_MEMORYTYPE_DEVICE = 2,
     CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_SUPPORTED = 116, CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED = 124,
     CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD = 1, CU_MEM_RANGE_FLAG_DMA_BUF_MAPPING_TYPE_PCIE = 1,
+    CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR = 1, CU_MEM_ACCESS_FLAGS_PROT_READWRITE = 3,
     CU_MEM_LOCATION_TYPE_DEVICE = 1, CU_MEM_LOCATION_TYPE_HOST_NUMA = 3, CU_MEM_ALLOCATION_TYPE_PINNED = 1,
     CU_STREAM_CAPTURE_MODE_GLOBAL = 0, CU_STREAM_CAPTURE_MODE_RELAXED = 2,
 };
@@ -63,24 +73,36 @@ enum { DEVICES_MAX = 8, STACK_MAX = 32, PIECES_MAX = 4096, OPS_MAX = 256, LOG_BY
 enum kind { DEVICE, IMPORTED, ASYNC, VMM, MANAGED, HOST, VMM_ON_HOST };
 
 struct CUctx_st { int device; int alive; char name[16]; };
-struct op { uintptr_t dst, src; size_t bytes; };
+// A copy, or, with units, a launch of the copy kernel, whose table is at src.
+struct op { uintptr_t dst, src; size_t bytes; unsigned units; };
+struct unit { uint64_t dst, src, bytes, unused; };
+struct CUmod_st { CUcontext ctx; };
+struct CUfunc_st { CUcontext ctx; };
 struct CUstream_st { CUcontext ctx; struct op ops[OPS_MAX]; unsigned long queued, done; int polls_left; };
 struct CUevent_st { CUcontext ctx; CUstream stream; unsigned long mark; };
 struct piece {
     uintptr_t base; size_t size; enum kind kind; int device; CUcontext ctx; int sync_memops;
     char *alias; // where the bytes are, if not at base
     unsigned long long id; // of this allocation, never used again
+    int file; // where another process finds the bytes: descriptor and one, or 0
+    unsigned handle_types, access; // of VMM memory: as what it is exported; devices that may use it, as bits
+    struct lender { int pid; const void *tag; uintptr_t base; } lender; // of memory that another process has lent
+    int opened; // how often
 };
 // Memory of cuMemCreate; its file can be mapped.
-struct handle { int fd, device; size_t size; };
+struct handle { int fd, device; size_t size; unsigned handle_types; };
+// What is in a CUipcMemHandle: like the driver's it does not tell an allocation from a later one at its address.
+struct ticket { struct lender lender; int fd, device; size_t size; };
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static int initialised, device_count = 2;
 static struct { struct CUctx_st ctx; int refs; } primary[DEVICES_MAX];
-static int contexts_created, contexts_made, live_streams, live_events, live_pinned, live_handles;
+static int contexts_created, contexts_made, live_streams, live_events, live_pinned, live_handles, live_modules;
+static int kernels, contexts_ruined;
 static struct piece pieces[PIECES_MAX];
 static int piece_count;
 static unsigned long long last_id;
+static uintptr_t place;
 static struct handle handles[PIECES_MAX];
 static char call_log[LOG_BYTES_MAX];
 static size_t log_len;
@@ -88,7 +110,7 @@ static const char *log_path;
 static struct { char call[64]; int nth, seen; CUresult code; } fault;
 static long calls_total;
 static int capturing, capture_ruined;
-static struct { int dmabuf, dmabuf_across, pcie_flag, gdr, polls, hidden; } option = { 1, 1, 1, 1, 3, 0 };
+static struct { int dmabuf, dmabuf_across, pcie_flag, gdr, polls, hidden, exportable, jit; } option = { 1, 1, 1, 1, 3, 0, 1, 1 };
 
 static __thread CUcontext stack[STACK_MAX];
 static __thread int depth;
@@ -402,6 +424,20 @@ CUresult cuMemGetAllocationPropertiesFromHandle(CUmemAllocationProp *prop, CUmem
     prop->location.type = p->kind == VMM ? CU_MEM_LOCATION_TYPE_DEVICE : CU_MEM_LOCATION_TYPE_HOST_NUMA;
     prop->location.id = p->device;
     prop->allocFlags.gpuDirectRDMACapable = 1;
+    prop->requestedHandleTypes = p->handle_types;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemExportToShareableHandle(void *shareable, CUmemGenericAllocationHandle handle, CUmemAllocationHandleType type,
+                                      unsigned long long flags) {
+    ENTER("cuMemExportToShareableHandle", "%d", (int)type);
+    if (type != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR || flags) return CUDA_ERROR_INVALID_VALUE;
+    int file = handle < RETAINED ? handles[handle].fd + 1 : pieces[handle - RETAINED].file;
+    unsigned types = handle < RETAINED ? handles[handle].handle_types : pieces[handle - RETAINED].handle_types;
+    if (!(types & type) || !file) return CUDA_ERROR_INVALID_VALUE;
+    int fd = fcntl(file - 1, F_DUPFD_CLOEXEC, 0);
+    if (fd < 0) return CUDA_ERROR_OUT_OF_MEMORY;
+    *(int *)shareable = fd;
     return CUDA_SUCCESS;
 }
 
@@ -467,11 +503,38 @@ CUresult cuStreamCreate(CUstream *stream, unsigned int flags) {
     return CUDA_SUCCESS;
 }
 
+// Whether kernels of a context may touch all of this.
+static int kernels_reach(CUcontext ctx, uintptr_t addr, size_t bytes) {
+    while (bytes) {
+        const struct piece *p = find(addr);
+        int reached = p && (p->kind == IMPORTED ? p->ctx == ctx : p->kind == VMM ? p->access >> ctx->device & 1
+                            : (p->kind == DEVICE || p->kind == ASYNC) && p->device == ctx->device);
+        if (!reached) return 0;
+        size_t step = p->base + p->size - addr;
+        if (step >= bytes) return 1;
+        addr += step, bytes -= step;
+    }
+    return 1;
+}
+
+// The copy kernel. What it must not touch ends its context, as on a GPU.
+static void run_kernel(CUcontext ctx, const struct unit *units, unsigned count) {
+    for (unsigned i = 0; i < count; i++) {
+        const struct unit *u = &units[i];
+        if (!kernels_reach(ctx, u->dst, u->bytes) || !kernels_reach(ctx, u->src, u->bytes)) {
+            contexts_ruined++;
+            return;
+        }
+        move_bytes(u->dst, u->src, u->bytes);
+    }
+}
+
 // Does the oldest copy once it has been asked for often enough.
 static void advance(CUstream stream) {
     if (stream->done == stream->queued || --stream->polls_left > 0) return;
     const struct op *op = &stream->ops[stream->done++ % OPS_MAX];
-    move_bytes(op->dst, op->src, op->bytes);
+    if (op->units) run_kernel(stream->ctx, (const struct unit *)op->src, op->units);
+    else move_bytes(op->dst, op->src, op->bytes);
     stream->polls_left = option.polls;
 }
 
@@ -526,13 +589,55 @@ CUresult cuEventDestroy_v2(CUevent event) {
     return CUDA_SUCCESS;
 }
 
-static CUresult queue(CUdeviceptr dst, CUdeviceptr src, size_t bytes, CUstream stream) {
+static CUresult queue_op(struct op op, CUstream stream) {
     if (stream->ctx != top()) return CUDA_ERROR_INVALID_HANDLE;
     if (stream->queued - stream->done == OPS_MAX) return CUDA_ERROR_OUT_OF_MEMORY;
     if (stream->queued == stream->done) stream->polls_left = option.polls;
-    struct op op = { dst, src, bytes };
     stream->ops[stream->queued++ % OPS_MAX] = op;
     return CUDA_SUCCESS;
+}
+
+static CUresult queue(CUdeviceptr dst, CUdeviceptr src, size_t bytes, CUstream stream) {
+    struct op op = { dst, src, bytes, 0 };
+    return queue_op(op, stream);
+}
+
+CUresult cuModuleLoadData(CUmodule *module, const void *image) {
+    ENTER("cuModuleLoadData", "%s", name(top()));
+    NEED_CONTEXT();
+    UNSAFE_IN_CAPTURE();
+    if (!option.jit || !strstr(image, ".entry nixl_libfabric_copy(")) return CUDA_ERROR_UNSUPPORTED_PTX_VERSION;
+    *module = calloc(1, sizeof **module);
+    (*module)->ctx = top();
+    live_modules++;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *text) {
+    ENTER("cuModuleGetFunction", "%s", text);
+    NEED_CONTEXT();
+    if (strcmp(text, "nixl_libfabric_copy")) return CUDA_ERROR_NOT_FOUND;
+    *function = (CUfunction)module;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuModuleUnload(CUmodule module) {
+    ENTER("cuModuleUnload", "%s", name(top()));
+    NEED_CONTEXT();
+    live_modules--;
+    free(module);
+    return CUDA_SUCCESS;
+}
+
+CUresult cuLaunchKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
+                        CUstream stream, void **parameters, void **extra) {
+    ENTER("cuLaunchKernel", "%s blocks=%u", name(top()), gx);
+    NEED_CONTEXT();
+    if (f->ctx != top()) return CUDA_ERROR_INVALID_HANDLE;
+    if (!gx || gy != 1 || gz != 1 || bx != 256 || by != 1 || bz != 1 || shared || extra) return CUDA_ERROR_INVALID_VALUE;
+    struct op op = { 0, *(uint64_t *)parameters[0], 0, gx };
+    kernels++;
+    return queue_op(op, stream);
 }
 
 CUresult cuMemcpyAsync(CUdeviceptr dst, CUdeviceptr src, size_t bytes, CUstream stream) {
@@ -598,7 +703,7 @@ CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size, const CU
         if (handles[i].size) continue;
         int fd = memfd_create("vmm", MFD_CLOEXEC);
         if (fd < 0 || ftruncate(fd, size) != 0) return CUDA_ERROR_OUT_OF_MEMORY;
-        handles[i] = (struct handle){ fd, prop->location.id, size };
+        handles[i] = (struct handle){ fd, prop->location.id, size, prop->requestedHandleTypes };
         *handle = i;
         return CUDA_SUCCESS;
     }
@@ -611,13 +716,42 @@ CUresult cuMemMap(CUdeviceptr addr, size_t size, size_t offset, CUmemGenericAllo
     if (handle >= RETAINED || offset + size > handles[handle].size || piece_count == PIECES_MAX) return CUDA_ERROR_INVALID_VALUE;
     char *alias = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, handles[handle].fd, offset);
     if (alias == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
-    struct piece p = { addr, size, VMM, handles[handle].device, NULL, 0, alias, ++last_id };
+    struct piece p = { .base = addr, .size = size, .kind = VMM, .device = handles[handle].device, .alias = alias, .id = ++last_id };
+    p.file = fcntl(handles[handle].fd, F_DUPFD_CLOEXEC, 0) + 1;
+    p.handle_types = handles[handle].handle_types;
     pieces[piece_count++] = p;
     return CUDA_SUCCESS;
 }
 
+CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle *handle, void *shareable, CUmemAllocationHandleType type) {
+    ENTER("cuMemImportFromShareableHandle", "%d", (int)type);
+    struct stat facts;
+    int given = (int)(intptr_t)shareable;
+    if (type != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR || fstat(given, &facts)) return CUDA_ERROR_INVALID_VALUE;
+    for (int i = 1; i < PIECES_MAX; i++) {
+        if (handles[i].size) continue;
+        int fd = fcntl(given, F_DUPFD_CLOEXEC, 0);
+        if (fd < 0) return CUDA_ERROR_OUT_OF_MEMORY;
+        handles[i] = (struct handle){ fd, 0, (size_t)facts.st_size, 0 };
+        *handle = i;
+        return CUDA_SUCCESS;
+    }
+    return CUDA_ERROR_OUT_OF_MEMORY;
+}
+
 CUresult cuMemSetAccess(CUdeviceptr addr, size_t size, const CUmemAccessDesc *access, size_t count) {
-    (void)addr, (void)size, (void)access, (void)count;
+    ENTER("cuMemSetAccess", "%zu", size);
+    for (int i = 0; i < piece_count; i++)
+        for (size_t k = 0; k < count && pieces[i].base >= addr && pieces[i].base < addr + size; k++)
+            if (access[k].flags == CU_MEM_ACCESS_FLAGS_PROT_READWRITE) pieces[i].access |= 1u << access[k].location.id;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemGetAccess(unsigned long long *flags, const CUmemLocation *location, CUdeviceptr addr) {
+    ENTER("cuMemGetAccess", "%d", location->id);
+    const struct piece *p = find(addr);
+    if (!p || p->kind != VMM) return CUDA_ERROR_INVALID_VALUE;
+    *flags = p->access >> location->id & 1 ? CU_MEM_ACCESS_FLAGS_PROT_READWRITE : 0;
     return CUDA_SUCCESS;
 }
 
@@ -625,6 +759,7 @@ static void forget(uintptr_t base, size_t size) {
     for (int i = piece_count - 1; i >= 0; i--) {
         if (pieces[i].base < base || pieces[i].base >= base + size) continue;
         if (pieces[i].alias) munmap(pieces[i].alias, pieces[i].size);
+        if (pieces[i].file) close(pieces[i].file - 1);
         pieces[i] = pieces[--piece_count];
     }
 }
@@ -632,6 +767,63 @@ static void forget(uintptr_t base, size_t size) {
 CUresult cuMemUnmap(CUdeviceptr addr, size_t size) {
     ENTER("cuMemUnmap", "%zu", size);
     forget(addr, size);
+    return CUDA_SUCCESS;
+}
+
+CUresult cuIpcGetMemHandle(CUipcMemHandle *handle, CUdeviceptr addr) {
+    ENTER("cuIpcGetMemHandle", "%s", name(top()));
+    NEED_CONTEXT();
+    const struct piece *p = find(addr);
+    if (!p || p->kind != DEVICE || !p->file) return CUDA_ERROR_INVALID_VALUE;
+    struct ticket ticket = { { getpid(), &mutex, p->base }, p->file - 1, p->device, p->size };
+    memset(handle, 0, sizeof *handle);
+    memcpy(handle, &ticket, sizeof ticket);
+    return CUDA_SUCCESS;
+}
+
+static int same_lender(const struct lender *a, const struct lender *b) {
+    return a->pid == b->pid && a->tag == b->tag && a->base == b->base;
+}
+
+#undef cuIpcOpenMemHandle
+CUresult cuIpcOpenMemHandle_v2(CUdeviceptr *addr, CUipcMemHandle handle, unsigned int flags) {
+    ENTER("cuIpcOpenMemHandle", "%s flags=%u", name(top()), flags);
+    NEED_CONTEXT();
+    struct ticket t;
+    memcpy(&t, &handle, sizeof t);
+    if (t.lender.pid == getpid() && t.lender.tag == &mutex) return CUDA_ERROR_INVALID_CONTEXT;
+    // What is open stays what it is, whatever became of it in the other process.
+    for (int i = 0; i < piece_count; i++) {
+        if (!pieces[i].opened || pieces[i].ctx != top() || !same_lender(&pieces[i].lender, &t.lender)) continue;
+        pieces[i].opened++;
+        *addr = pieces[i].base;
+        return CUDA_SUCCESS;
+    }
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%d/fd/%d", t.lender.pid, t.fd);
+    int fd = open(path, O_RDWR | O_CLOEXEC);
+    if (fd < 0 || piece_count == PIECES_MAX) return CUDA_ERROR_MAP_FAILED;
+    char *base = mmap(NULL, t.size, option.hidden ? PROT_NONE : PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    char *alias = option.hidden ? mmap(NULL, t.size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0) : NULL;
+    close(fd);
+    if (base == MAP_FAILED || alias == MAP_FAILED) return CUDA_ERROR_MAP_FAILED;
+    struct piece p = { .base = (uintptr_t)base, .size = t.size, .kind = IMPORTED, .device = t.device, .ctx = top(), .alias = alias,
+                       .id = ++last_id, .lender = t.lender, .opened = 1 };
+    pieces[piece_count++] = p;
+    *addr = p.base;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuIpcCloseMemHandle(CUdeviceptr addr) {
+    ENTER("cuIpcCloseMemHandle", "%s", name(top()));
+    NEED_CONTEXT();
+    struct piece *p = find(addr);
+    if (!p || !p->opened || p->base != addr) return CUDA_ERROR_INVALID_VALUE;
+    if (--p->opened == 0) {
+        size_t size = p->size;
+        forget(addr, size);
+        munmap((void *)(uintptr_t)addr, size);
+    }
     return CUDA_SUCCESS;
 }
 
@@ -665,23 +857,44 @@ int standin_depth(void) { return depth; }
 CUcontext standin_current(void) { return top(); }
 int standin_capture_mode(void) { return (int)capture_mode; }
 
+// The next memory that is made begins here, where nothing may be mapped: allocators give an address again.
+void standin_place(uint64_t addr) {
+    LOCKED;
+    place = addr;
+}
+
+// Forgets all memory but the piece at this address.
+void standin_forget_all_but(uint64_t addr) {
+    LOCKED;
+    for (int i = piece_count - 1; i >= 0; i--)
+        if (pieces[i].base != addr) forget(pieces[i].base, pieces[i].size);
+}
+
 // Memory made of consecutive handles, one for each size; device -1 leaves a hole. Sizes are in bytes.
 uint64_t standin_map(int kind, const size_t *sizes, const int *devices, int count, CUcontext ctx) {
     LOCKED;
     size_t total = 0;
     for (int i = 0; i < count; i++) total += sizes[i];
-    int hidden = option.hidden && kind != HOST && kind != VMM_ON_HOST && kind != MANAGED;
-    char *base = mmap(NULL, total, hidden ? PROT_NONE : PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    int on_gpu = kind != HOST && kind != VMM_ON_HOST && kind != MANAGED;
+    int hidden = option.hidden && on_gpu;
+    int fixed = place ? MAP_FIXED_NOREPLACE : 0;
+    char *base = mmap((void *)place, total, hidden ? PROT_NONE : PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | fixed, -1, 0);
+    place = 0;
     if (base == MAP_FAILED || piece_count + count > PIECES_MAX) return 0;
     char *at = base;
     for (int i = 0; i < count; at += sizes[i++]) {
         if (devices[i] < 0) continue;
+        // Without a file, where there are too many, it can be used but not lent.
+        int fd = on_gpu && (uintptr_t)at % PAGE == 0 ? memfd_create("gpu", MFD_CLOEXEC) : -1;
+        if (fd >= 0 && ftruncate(fd, sizes[i]) != 0) return 0;
+        int flags = fd >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
         char *alias = NULL;
-        if (hidden) {
-            alias = mmap(NULL, sizes[i], PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-            if (alias == MAP_FAILED) return 0;
-        }
-        struct piece p = { (uintptr_t)at, sizes[i], (enum kind)kind, devices[i], ctx, 0, alias, ++last_id };
+        if (hidden) alias = mmap(NULL, sizes[i], PROT_READ | PROT_WRITE, flags, fd, 0);
+        else if (fd >= 0 && mmap(at, sizes[i], PROT_READ | PROT_WRITE, flags | MAP_FIXED, fd, 0) == MAP_FAILED) return 0;
+        if (alias == MAP_FAILED) return 0;
+        struct piece p = { .base = (uintptr_t)at, .size = sizes[i], .kind = (enum kind)kind, .device = devices[i], .ctx = ctx,
+                           .alias = alias, .id = ++last_id, .file = fd + 1, .access = 1u << devices[i],
+                           .handle_types = option.exportable };
         pieces[piece_count++] = p;
     }
     return (uintptr_t)base;
@@ -723,6 +936,8 @@ void standin_option(const char *key, int value) {
     else if (!strcmp(key, "devices")) device_count = value;
     else if (!strcmp(key, "hidden")) option.hidden = value;
     else if (!strcmp(key, "capturing")) capturing = value;
+    else if (!strcmp(key, "exportable")) option.exportable = value;
+    else if (!strcmp(key, "jit")) option.jit = value;
     else abort();
 }
 
@@ -734,6 +949,15 @@ long standin_count(const char *what) {
     if (!strcmp(what, "events")) return live_events;
     if (!strcmp(what, "pinned")) return live_pinned;
     if (!strcmp(what, "handles")) return live_handles;
+    if (!strcmp(what, "modules")) return live_modules;
+    if (!strcmp(what, "kernels")) return kernels;
+    if (!strcmp(what, "contexts_ruined")) return contexts_ruined;
+    if (!strcmp(what, "opened")) {
+        int opened = 0;
+        for (int i = 0; i < piece_count; i++) opened += pieces[i].opened;
+        return opened;
+    }
+    if (!strcmp(what, "pieces")) return piece_count;
     if (!strcmp(what, "capture_ruined")) return capture_ruined;
     if (!strncmp(what, "primary", 7)) return primary[atoi(what + 7)].refs;
     abort();
@@ -742,7 +966,7 @@ long standin_count(const char *what) {
 // Forgets what a test let leak on purpose: live objects, capture mode; primary contexts are held once where active.
 void standin_reset_counts(void) {
     LOCKED;
-    live_streams = live_events = live_pinned = live_handles = 0;
+    live_streams = live_events = live_pinned = live_handles = live_modules = 0;
     capture_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
     for (int i = 0; i < DEVICES_MAX; i++) primary[i].refs = primary[i].refs > 0;
 }

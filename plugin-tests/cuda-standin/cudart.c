@@ -8,7 +8,7 @@
 typedef int cudaError_t;
 typedef void *cudaStream_t;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorNoDevice = 100,
-       cudaErrorInvalidDevice = 101, cudaErrorNotSupported = 801 };
+       cudaErrorInvalidDevice = 101 };
 enum kind { DEVICE, IMPORTED, ASYNC, VMM, MANAGED, HOST };
 
 // Of cuda.c.
@@ -18,6 +18,10 @@ unsigned cuDeviceGetCount(int *);
 unsigned cuDevicePrimaryCtxRetain(void **, int);
 unsigned cuCtxGetCurrent(void **);
 unsigned cuCtxSetCurrent(void *);
+struct handle { char bytes[64]; };
+unsigned cuIpcGetMemHandle(struct handle *, uint64_t);
+unsigned cuIpcOpenMemHandle_v2(uint64_t *, struct handle, unsigned);
+unsigned cuIpcCloseMemHandle(uint64_t);
 uint64_t standin_map(int kind, const size_t *sizes, const int *devices, int count, void *context);
 int standin_unmap(uint64_t base);
 void standin_copy(uint64_t dst, uint64_t src, size_t bytes);
@@ -108,7 +112,17 @@ cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
 const char *cudaGetErrorName(cudaError_t error) { (void)error; return "STANDIN_ERROR"; }
 const char *cudaGetErrorString(cudaError_t error) { (void)error; return "an error of the stand-in"; }
 
-cudaError_t cudaIpcGetMemHandle(void *handle, void *at) { (void)handle, (void)at; return cudaErrorNotSupported; }
-// The handle is a struct of 64 bytes, passed on the stack: nothing here looks at it.
-cudaError_t cudaIpcOpenMemHandle(void **at) { (void)at; return cudaErrorNotSupported; }
-cudaError_t cudaIpcCloseMemHandle(void *at) { (void)at; return cudaErrorNotSupported; }
+cudaError_t cudaIpcGetMemHandle(struct handle *handle, void *at) {
+    return context() && !cuIpcGetMemHandle(handle, (uintptr_t)at) ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+cudaError_t cudaIpcOpenMemHandle(void **at, struct handle handle, unsigned flags) {
+    uint64_t addr = 0;
+    if (!context() || cuIpcOpenMemHandle_v2(&addr, handle, flags)) return cudaErrorInvalidValue;
+    *at = (void *)(uintptr_t)addr;
+    return cudaSuccess;
+}
+
+cudaError_t cudaIpcCloseMemHandle(void *at) {
+    return context() && !cuIpcCloseMemHandle((uintptr_t)at) ? cudaSuccess : cudaErrorInvalidValue;
+}

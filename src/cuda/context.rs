@@ -92,6 +92,10 @@ impl Context {
     pub(super) fn cuda(&self) -> &Cuda {
         &self.0.cuda
     }
+
+    pub(super) fn handle(&self) -> CUcontext {
+        self.0.handle
+    }
 }
 
 impl Cuda {

@@ -4,16 +4,29 @@ use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::fmt;
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Context, describe};
+use super::kernel::{Kernel, Table, unit_bytes};
+use super::{Context, Mapping, describe};
 use crate::error::{Error, Result};
 use crate::fabric::{KeptMemory, MemoryRange};
-use crate::sys::cuda::{self as sys, CUevent, CUstream};
+use crate::sys::cuda::{self as sys, CUcontext, CUevent, CUstream};
 
 /// Most bytes of one page-locked buffer.
 pub const PINNED_BYTES_MAX: usize = 1 << 30;
+
+/// Shorter pieces are copied by a kernel of ours, where there are several: each copy that the driver queues costs some 2 us of a
+/// processor and leaves the GPU idle for as long, and an H200 moves 4 MB meanwhile (2.1 TB/s within it).
+/// `plugin-tests/gpu` has a sweep (`cases.py sweep`) to set it from.
+const KERNEL_PIECE_BYTES_MAX: u64 = 4 << 20;
+
+/// Fewer pieces than this are left to the driver, whatever their length: a launch costs as much as a copy or two.
+const KERNEL_PIECES_MIN: usize = 4;
+
+/// Tables of the kernel that a stream keeps for reuse: page-locking memory takes longer than most copies.
+const IDLE_TABLES_MAX: usize = 4;
 
 /// Most idle events that a stream keeps for reuse.
 const IDLE_EVENTS_MAX: usize = 64;
@@ -25,15 +38,20 @@ const ABANDONED_MAX: usize = 1024;
 /// device is lost.
 const DRAIN_MS_MAX: u64 = 10_000;
 
+/// What a copy needs until it is over.
+pub(super) type Owner = Arc<dyn fmt::Debug + Send + Sync>;
+
 /// A range of host or device memory to copy from or to.
 ///
 /// One of the user's memory lies within a [`MemoryRange`], which stands for the promise that it stays allocated until copies that
-/// name it are done. One of a [`Pinned`] buffer keeps the buffer by itself.
+/// name it are done. One of a [`Pinned`] buffer or of a [`Mapping`] keeps that by itself.
 #[derive(Debug, Clone)]
 pub struct Span {
     addr: u64,
     len: u64,
-    owner: Option<Arc<Memory>>,
+    owner: Option<Owner>,
+    /// The context whose kernels may touch it; NULL where none is known.
+    kernels: CUcontext,
 }
 
 impl Span {
@@ -43,15 +61,30 @@ impl Span {
             let (start, bytes) = (memory.addr(), memory.len());
             return Err(Error::invalid(format!("{addr:#x}+{len:#x} is not within {start:#x}+{bytes:#x}")));
         }
-        Ok(Self { addr, len, owner: None })
+        Ok(Self { addr, len, owner: None, kernels: CUcontext::NULL })
+    }
+
+    /// A part of a mapping, which it keeps.
+    pub(super) fn mapped(mapping: &Arc<Mapping>, addr: u64, len: u64) -> Self {
+        let kernels = mapping.context().handle();
+        Self { addr, len, owner: Some(Arc::clone(mapping) as Owner), kernels }
+    }
+
+    /// The same, of which it is known that [kernels](super::Cuda::kernels_reach) of this context may touch it.
+    #[must_use]
+    pub fn with_kernels_of(self, context: &Context) -> Self {
+        Self { kernels: context.handle(), ..self }
     }
 
     /// `len` bytes of this range from `offset` on. `InvalidParam` if they leave it.
     pub fn part(&self, offset: u64, len: u64) -> Result<Self> {
+        self.check_part(offset, len)?;
+        Ok(Self { addr: self.addr + offset, len, owner: self.owner.clone(), kernels: self.kernels })
+    }
+
+    fn check_part(&self, offset: u64, len: u64) -> Result<()> {
         match offset.checked_add(len) {
-            Some(end) if end <= self.len => {
-                Ok(Self { addr: self.addr + offset, len, owner: self.owner.clone() })
-            }
+            Some(end) if end <= self.len => Ok(()),
             _ => Err(Error::invalid(format!("bytes {offset}+{len} are not within a range of {}", self.len))),
         }
     }
@@ -72,6 +105,57 @@ impl Span {
     }
 }
 
+/// A piece to copy, within what a [`Batch`] keeps.
+#[derive(Debug, Clone, Copy)]
+struct Piece {
+    to: u64,
+    from: u64,
+    len: u64,
+    /// The context whose kernels may touch both ends.
+    kernels: CUcontext,
+}
+
+/// Pieces to be copied in one go.
+#[derive(Debug, Default)]
+pub struct Batch {
+    pieces: Vec<Piece>,
+    keep: Keep,
+}
+
+impl Batch {
+    /// One with room for so many pieces.
+    pub fn with_capacity(pieces: usize) -> Self {
+        Self { pieces: Vec::with_capacity(pieces), keep: Keep::new() }
+    }
+
+    /// Adds `len` bytes: from an offset in `from` to one in `to`. `InvalidParam` if they leave either.
+    pub fn add(&mut self, to: &Span, to_offset: u64, from: &Span, from_offset: u64, len: u64) -> Result<()> {
+        to.check_part(to_offset, len)?;
+        from.check_part(from_offset, len)?;
+        for owner in [&to.owner, &from.owner].into_iter().flatten() {
+            // Few different ones, and mostly the last.
+            if !self.keep.iter().rev().any(|known| Arc::ptr_eq(known, owner)) {
+                self.keep.push(Arc::clone(owner));
+            }
+        }
+        let kernels = if to.kernels == from.kernels { to.kernels } else { CUcontext::NULL };
+        if len > 0 {
+            self.pieces.push(Piece { to: to.addr + to_offset, from: from.addr + from_offset, len, kernels });
+        }
+        Ok(())
+    }
+
+    /// How many pieces it has.
+    pub fn len(&self) -> usize {
+        self.pieces.len()
+    }
+
+    /// Whether there is nothing to copy.
+    pub fn is_empty(&self) -> bool {
+        self.pieces.is_empty()
+    }
+}
+
 /// A stream of our own: its copies wait for no work of the application, not even for the legacy default stream.
 ///
 /// When the last use is dropped it waits for the copies that are queued.
@@ -82,18 +166,23 @@ struct Inner {
     context: Context,
     stream: CUstream,
     events: Mutex<Events>,
+    /// Our kernel, once a batch has wanted it; `None` where it cannot be loaded.
+    kernel: OnceLock<Option<Kernel>>,
+    /// The kernel could not be launched.
+    is_kernel_broken: AtomicBool,
 }
 
-/// The events of a stream that no [`InFlight`] holds.
+/// What a stream has that no [`InFlight`] holds.
 #[derive(Default)]
 struct Events {
     idle: Vec<CUevent>,
+    tables: Vec<Table>,
     /// Copies whose [`InFlight`] was dropped while they flew, oldest first, and the buffers they need until they are done.
     abandoned: VecDeque<(CUevent, Keep)>,
 }
 
-/// Page-locked buffers that copies in flight name.
-type Keep = Vec<Arc<Memory>>;
+/// Page-locked buffers and mappings that copies in flight name.
+type Keep = Vec<Owner>;
 
 impl Stream {
     /// A stream in a context. For copies between devices, a context of the source.
@@ -104,7 +193,13 @@ impl Stream {
         let rc = context
             .with(|| unsafe { (cuda.api().stream_create)(&raw mut stream, sys::STREAM_NON_BLOCKING) })?;
         cuda.check("cuStreamCreate", rc)?;
-        Ok(Self(Arc::new(Inner { context: context.clone(), stream, events: Mutex::default() })))
+        Ok(Self(Arc::new(Inner {
+            context: context.clone(),
+            stream,
+            events: Mutex::default(),
+            kernel: OnceLock::new(),
+            is_kernel_broken: AtomicBool::new(false),
+        })))
     }
 
     /// Starts one copy. See [`Stream::copy_all`].
@@ -112,34 +207,53 @@ impl Stream {
         self.copy_all([(dst, src)])
     }
 
-    /// Starts copies from the second span of each pair to the first; one poll tells when all are done.
+    /// Starts copies from the second span of each pair to the first. See [`Stream::start`].
+    pub fn copy_all(&self, pairs: impl IntoIterator<Item = (Span, Span)>) -> Result<InFlight> {
+        let mut batch = Batch::default();
+        for (to, from) in pairs {
+            if to.len != from.len {
+                return Err(Error::invalid(format!("a copy of {} bytes into {}", from.len, to.len)));
+            }
+            batch.add(&to, 0, &from, 0, to.len)?;
+        }
+        self.start(batch)
+    }
+
+    /// Starts the copies of a batch; one poll tells when all are done.
     ///
     /// Host memory that is not page-locked works, but the call then does the copy itself. An error means that nothing
     /// is in flight; what fails once something is in flight is told by the [`InFlight`] when that has ended.
-    pub fn copy_all(&self, pairs: impl IntoIterator<Item = (Span, Span)>) -> Result<InFlight> {
-        self.0.context.with(|| self.start(pairs))?
+    pub fn start(&self, batch: Batch) -> Result<InFlight> {
+        self.0.context.with(|| self.start_here(batch))?
     }
 
-    fn start(&self, pairs: impl IntoIterator<Item = (Span, Span)>) -> Result<InFlight> {
+    /// Loads what batches of many pieces need, so that none has to wait for it.
+    pub fn prepare(&self) {
+        self.0.kernel();
+    }
+
+    fn start_here(&self, batch: Batch) -> Result<InFlight> {
         let event = self.0.take_event()?;
-        let mut copy =
-            InFlight { stream: self.clone(), event, state: State::Flying, failed: None, keep: Keep::new() };
-        let mut queued = 0_u64;
-        for (dst, src) in pairs {
-            match self.0.queue(&dst, &src) {
-                Ok(()) => queued += 1,
-                Err(why) if queued == 0 => {
+        let Batch { mut pieces, keep } = batch;
+        let mut copy = InFlight {
+            stream: self.clone(),
+            event,
+            state: State::Flying,
+            failed: None,
+            keep,
+            tables: Vec::new(),
+        };
+        let mut queued = self.0.queue_small(&mut pieces, &mut copy.tables);
+        for piece in pieces {
+            match self.0.queue(&piece) {
+                Ok(()) => queued = true,
+                Err(why) if !queued => {
                     copy.state = State::Ended;
                     return Err(why);
                 }
                 Err(why) => {
                     copy.failed = Some(why);
                     break;
-                }
-            }
-            for owner in [dst.owner, src.owner].into_iter().flatten() {
-                if !copy.keep.last().is_some_and(|last| Arc::ptr_eq(last, &owner)) {
-                    copy.keep.push(owner);
                 }
             }
         }
@@ -149,7 +263,7 @@ impl Stream {
             // Without an event only the end of the whole stream tells that the copies are over.
             copy.state = State::Ended;
             if let Err(stuck) = self.0.drain() {
-                self.0.leak(std::mem::take(&mut copy.keep));
+                self.0.leak(copy.take_keep());
                 return Err(stuck);
             }
             return Err(why);
@@ -170,21 +284,98 @@ impl Stream {
 
 impl Inner {
     /// Queues one copy. Runs in the stream's context.
-    fn queue(&self, dst: &Span, src: &Span) -> Result<()> {
-        if dst.len != src.len {
-            return Err(Error::invalid(format!("a copy of {} bytes into {}", src.len, dst.len)));
-        }
-        if src.is_empty() {
-            return Ok(());
-        }
+    fn queue(&self, piece: &Piece) -> Result<()> {
         let cuda = self.context.cuda();
         // SAFETY: the driver finds by itself what kind of memory the addresses are. They are within ranges whose makers
-        // promised that they stay allocated (`MemoryRange::assume_registered`), or keep their buffer; nothing here holds
+        // promised that they stay allocated (`MemoryRange::assume_registered`), or whose owners are kept; nothing here holds
         // a reference to the bytes.
-        let rc = unsafe { (cuda.api().memcpy_async)(dst.addr, src.addr, src.len as usize, self.stream) };
+        let rc = unsafe { (cuda.api().memcpy_async)(piece.to, piece.from, piece.len as usize, self.stream) };
         cuda.check("cuMemcpyAsync", rc).map_err(|e| {
-            e.context(format!("copying {} bytes from {:#x} to {:#x}", src.len, src.addr, dst.addr))
+            e.context(format!("copying {} bytes from {:#x} to {:#x}", piece.len, piece.from, piece.to))
         })
+    }
+
+    /// Has the kernel copy the small ones, if they are many, and takes them out. Whether anything was queued. What it could not
+    /// do is left: to copy the same bytes again does no harm. Runs in the stream's context.
+    fn queue_small(&self, pieces: &mut Vec<Piece>, tables: &mut Vec<Table>) -> bool {
+        let own = self.context.handle();
+        let is_small = |piece: &Piece| piece.kernels == own && piece.len < KERNEL_PIECE_BYTES_MAX;
+        if pieces.len() < KERNEL_PIECES_MIN
+            || pieces.iter().filter(|p| is_small(p)).count() < KERNEL_PIECES_MIN
+        {
+            return false;
+        }
+        let Some(kernel) = self.kernel().filter(|_| !self.is_kernel_broken.load(Ordering::Relaxed)) else {
+            return false;
+        };
+        match self.launch(kernel, pieces.iter().filter(|p| is_small(p)), tables) {
+            Ok(()) => pieces.retain(|piece| !is_small(piece)),
+            Err(why) => {
+                self.is_kernel_broken.store(true, Ordering::Relaxed);
+                let ordinal = self.context.device().ordinal;
+                log::warn!("CUDA device {ordinal}: small pieces are copied one by one from now on: {why}");
+            }
+        }
+        !tables.is_empty()
+    }
+
+    fn launch<'a>(
+        &self,
+        kernel: &Kernel,
+        pieces: impl Iterator<Item = &'a Piece> + Clone,
+        tables: &mut Vec<Table>,
+    ) -> Result<()> {
+        let unit = unit_bytes(pieces.clone().map(|piece| piece.len).sum());
+        let mut table = self.take_table()?;
+        for piece in pieces {
+            let mut done = 0;
+            while done < piece.len {
+                let added = table.add(piece.to + done, piece.from + done, piece.len - done, unit);
+                if added == 0 {
+                    self.launch_table(kernel, table, tables)?;
+                    table = self.take_table()?;
+                }
+                done += added;
+            }
+        }
+        self.launch_table(kernel, table, tables)
+    }
+
+    fn launch_table(&self, kernel: &Kernel, mut table: Table, tables: &mut Vec<Table>) -> Result<()> {
+        table.publish()?;
+        // SAFETY: the caller keeps the table until the copies are over, as it does with the memory that the pieces name, and only
+        // pieces of which somebody has said that kernels of this context reach them are in it.
+        unsafe { kernel.launch(self.stream, &table) }?;
+        tables.push(table);
+        Ok(())
+    }
+
+    /// The kernel, loaded at the first call; `None` where the driver cannot.
+    fn kernel(&self) -> Option<&Kernel> {
+        let load = || match Kernel::load(&self.context) {
+            Ok(kernel) => Some(kernel),
+            Err(why) => {
+                let ordinal = self.context.device().ordinal;
+                log::info!("CUDA device {ordinal}: small pieces are copied one by one: {why}");
+                None
+            }
+        };
+        self.kernel.get_or_init(load).as_ref()
+    }
+
+    fn take_table(&self) -> Result<Table> {
+        let used = self.events().tables.pop();
+        used.map_or_else(|| Table::new(&self.context), Ok)
+    }
+
+    fn give_tables(&self, tables: Vec<Table>) {
+        for mut table in tables {
+            table.clear();
+            let mut events = self.events();
+            if events.tables.len() < IDLE_TABLES_MAX {
+                events.tables.push(table);
+            }
+        }
     }
 
     /// An event to record, a used one if possible. Runs in the stream's context.
@@ -259,7 +450,7 @@ impl Inner {
         if !keep.is_empty() {
             let ordinal = self.context.device().ordinal;
             log::error!(
-                "CUDA device {ordinal}: copies did not end; {} page-locked buffers are lost",
+                "CUDA device {ordinal}: copies did not end; {} page-locked buffers and mappings are lost",
                 keep.len()
             );
             std::mem::forget(keep);
@@ -275,13 +466,14 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        let Events { idle, abandoned } = std::mem::take(&mut *self.events());
+        let Events { idle, abandoned, tables } = std::mem::take(&mut *self.events());
         let (flying, keeps): (Vec<CUevent>, Vec<Keep>) = abandoned.into_iter().unzip();
         let drained = self.context.with(|| self.drain()).and_then(|drained| drained);
         if drained.is_err() {
             self.leak(keeps.into_iter().flatten().collect());
         }
         self.report(Ok(drained));
+        drop(tables);
         let outcome = self.context.with(|| {
             for event in idle.into_iter().chain(flying) {
                 self.report(Ok(self.destroy_event(event)));
@@ -302,6 +494,7 @@ pub struct InFlight {
     state: State,
     failed: Option<Error>,
     keep: Keep,
+    tables: Vec<Table>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -330,9 +523,17 @@ impl InFlight {
             } else {
                 self.state = State::Ended;
                 self.keep.clear();
+                self.stream.0.give_tables(std::mem::take(&mut self.tables));
             }
         }
         self.failed.clone().map_or(Ok(true), Err)
+    }
+
+    /// Everything that the copies need.
+    fn take_keep(&mut self) -> Keep {
+        let mut keep = std::mem::take(&mut self.keep);
+        keep.extend(std::mem::take(&mut self.tables).into_iter().map(|table| Arc::new(table) as Owner));
+        keep
     }
 
     /// Waits until the copies are done, at most `timeout`.
@@ -346,7 +547,7 @@ impl Drop for InFlight {
         match self.state {
             State::Ended => self.stream.0.give_event(self.event),
             State::Flying | State::Lost => {
-                let keep = std::mem::take(&mut self.keep);
+                let keep = self.take_keep();
                 self.stream.0.events().abandoned.push_back((self.event, keep));
             }
         }
@@ -420,7 +621,8 @@ impl Pinned {
 
     /// The whole buffer. Copies keep it; whoever hands its address to a NIC keeps it for as long as that takes.
     pub fn span(&self) -> Span {
-        Span { addr: self.0.base.as_ptr() as u64, len: self.0.len as u64, owner: Some(self.0.clone()) }
+        let (addr, len) = (self.0.base.as_ptr() as u64, self.0.len as u64);
+        Span { addr, len, owner: Some(self.0.clone() as Owner), kernels: CUcontext::NULL }
     }
 
     /// Copies bytes from `offset` on out of the buffer. `InvalidParam` if they leave it.

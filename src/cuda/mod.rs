@@ -13,8 +13,10 @@
 mod context;
 mod copy;
 mod dmabuf;
+mod kernel;
 pub mod neuron;
 mod pointer;
+mod share;
 
 use std::ffi::{CStr, c_char, c_int, c_uint};
 use std::path::{Path, PathBuf};
@@ -25,9 +27,10 @@ use crate::sys::cuda::{self as sys, Api, CUdevice, CUresult};
 use crate::types::PciAddress;
 
 pub use context::Context;
-pub use copy::{InFlight, PINNED_BYTES_MAX, Pinned, Span, Stream};
+pub use copy::{Batch, InFlight, PINNED_BYTES_MAX, Pinned, Span, Stream};
 pub use dmabuf::{DmaBuf, Export, plan_exports};
 pub use pointer::{Allocation, Kind, SEGMENTS_MAX, Segment};
+pub use share::{FILES_MAX, HANDLE_BYTES, Handle, Lent, Mapping, Shareable};
 
 /// Environment variable that names the CUDA driver library, in place of the search for `libcuda.so.1`.
 pub const LIBRARY_ENV: &str = "NIXL_LIBFABRIC_LIBCUDA";

@@ -197,6 +197,14 @@ impl Cuda {
         (rc == sys::SUCCESS).then_some(value)
     }
 
+    /// A number of the allocation that the process never gives to another one.
+    pub(super) fn buffer_id(&self, addr: u64) -> Result<u64> {
+        let id = self.attribute(addr, sys::POINTER_BUFFER_ID);
+        id.ok_or_else(|| {
+            Error::not_supported(format!("the driver has no number for the allocation at {addr:#x}"))
+        })
+    }
+
     /// The kind of allocation, and whether a VMM handle allows GPU Direct RDMA (true for the others).
     fn kind(&self, addr: u64, basics: &Basics) -> (Kind, bool) {
         if basics.managed {

@@ -46,7 +46,22 @@ handles! {
     CUevent;
     /// `CUmemGenericAllocationHandle` (an `unsigned long long` in C).
     CUmemHandle;
+    /// `CUmodule`.
+    CUmodule;
+    /// `CUfunction`.
+    CUfunction;
 }
+
+/// `CUipcMemHandle`: passed by value, and a secret of the driver's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub struct CUipcMemHandle {
+    /// The driver's.
+    pub reserved: [u8; IPC_HANDLE_BYTES],
+}
+
+/// `CU_IPC_HANDLE_SIZE`.
+pub const IPC_HANDLE_BYTES: usize = 64;
 
 /// Declares the numbers of `cuda.h` that are used, and a list of them for the comparison with the header.
 macro_rules! constants {
@@ -86,6 +101,8 @@ constants! {
     POINTER_MEMORY_TYPE = CU_POINTER_ATTRIBUTE_MEMORY_TYPE: 2;
     /// Synchronous copies on this memory really are synchronous.
     POINTER_SYNC_MEMOPS = CU_POINTER_ATTRIBUTE_SYNC_MEMOPS: 6;
+    /// A number of the allocation that the process never gives to another one.
+    POINTER_BUFFER_ID = CU_POINTER_ATTRIBUTE_BUFFER_ID: 7;
     /// Whether the memory is managed.
     POINTER_IS_MANAGED = CU_POINTER_ATTRIBUTE_IS_MANAGED: 8;
     /// The ordinal of the device.
@@ -118,6 +135,12 @@ constants! {
 
     /// The physical memory of a VMM handle lies on a device.
     LOCATION_DEVICE = CU_MEM_LOCATION_TYPE_DEVICE: 1;
+    /// A VMM handle that may be exported as a file descriptor.
+    HANDLE_FILE = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR: 1;
+    /// A device may read and write a mapping.
+    ACCESS_READ_WRITE = CU_MEM_ACCESS_FLAGS_PROT_READWRITE: 3;
+    /// Opening memory of another device enables access to that device.
+    IPC_ENABLE_PEER = CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS: 1;
 
     /// The stream does not synchronise with the legacy default stream.
     STREAM_NON_BLOCKING = CU_STREAM_NON_BLOCKING: 1;
@@ -151,6 +174,26 @@ pub struct CUmemAllocationProp {
     pub usage: u16,
     /// Reserved.
     pub reserved: [u8; 4],
+}
+
+/// `CUmemLocation`: where memory is, or who uses it.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub struct CUmemLocation {
+    /// `CUmemLocationType`.
+    pub kind: c_uint,
+    /// The device ordinal where the location is a device.
+    pub id: c_int,
+}
+
+/// `CUmemAccessDesc`: who may do what with a mapping.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub struct CUmemAccessDesc {
+    /// Who.
+    pub location: CUmemLocation,
+    /// `CUmemAccess_flags`.
+    pub flags: c_uint,
 }
 
 /// Declares the table: each required entry is a function pointer, each optional one an `Option` of it.
@@ -257,6 +300,38 @@ table! {
             c"cuMemGetAllocationPropertiesFromHandle"(*mut CUmemAllocationProp, CUmemHandle);
         /// Releases a VMM handle (CUDA 10.2).
         fn mem_release = c"cuMemRelease"(CUmemHandle);
+        /// What another process opens an allocation of `cuMemAlloc` with (CUDA 4.1).
+        fn ipc_get_mem_handle = c"cuIpcGetMemHandle"(*mut CUipcMemHandle, CUdeviceptr);
+        /// Maps what another process has got a handle of.
+        fn ipc_open_mem_handle = c"cuIpcOpenMemHandle_v2"(*mut CUdeviceptr, CUipcMemHandle, c_uint);
+        /// Ends such a mapping.
+        fn ipc_close_mem_handle = c"cuIpcCloseMemHandle"(CUdeviceptr);
+        /// A file descriptor, or another handle, of a VMM handle (CUDA 10.2), as are the next ones.
+        fn mem_export = c"cuMemExportToShareableHandle"(*mut c_void, CUmemHandle, c_uint, c_ulonglong);
+        /// A VMM handle of what another process has exported.
+        fn mem_import = c"cuMemImportFromShareableHandle"(*mut CUmemHandle, *mut c_void, c_uint);
+        /// Reserves addresses.
+        fn mem_address_reserve = c"cuMemAddressReserve"(*mut CUdeviceptr, usize, usize, CUdeviceptr, c_ulonglong);
+        /// Gives them back.
+        fn mem_address_free = c"cuMemAddressFree"(CUdeviceptr, usize);
+        /// Maps a VMM handle at a reserved address.
+        fn mem_map = c"cuMemMap"(CUdeviceptr, usize, usize, CUmemHandle, c_ulonglong);
+        /// Ends mappings.
+        fn mem_unmap = c"cuMemUnmap"(CUdeviceptr, usize);
+        /// Says who may use a mapping.
+        fn mem_set_access = c"cuMemSetAccess"(CUdeviceptr, usize, *const CUmemAccessDesc, usize);
+        /// What somebody may do with a mapping.
+        fn mem_get_access = c"cuMemGetAccess"(*mut c_ulonglong, *const CUmemLocation, CUdeviceptr);
+        /// Loads kernels into the current context; PTX is a string, and compiled here.
+        fn module_load_data = c"cuModuleLoadData"(*mut CUmodule, *const c_void);
+        /// A kernel by its name.
+        fn module_get_function = c"cuModuleGetFunction"(*mut CUfunction, CUmodule, *const c_char);
+        /// Unloads kernels.
+        fn module_unload = c"cuModuleUnload"(CUmodule);
+        /// Queues a kernel: grid, block, bytes of shared memory, stream, arguments.
+        fn launch_kernel = c"cuLaunchKernel"(
+            CUfunction, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, CUstream, *mut *mut c_void, *mut *mut c_void
+        );
         /// Swaps this thread's stream capture mode (CUDA 10.1).
         fn thread_exchange_capture_mode = c"cuThreadExchangeStreamCaptureMode"(*mut c_uint);
     }

@@ -4,6 +4,7 @@ pub mod cuda;
 pub mod cudart;
 pub mod dl;
 pub mod event;
+pub mod files;
 pub mod hwloc;
 pub mod libfabric;
 pub mod memfd;

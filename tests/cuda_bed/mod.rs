@@ -174,6 +174,26 @@ impl Bed {
         addr
     }
 
+    /// Frees device memory of this address and allocates as much at it.
+    pub fn again(&self, addr: u64, bytes: usize, ctx: Ctx) -> u64 {
+        let symbol = self.symbol("standin_unmap");
+        // SAFETY: see `app_uses`.
+        let unmapped =
+            unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn(u64) -> c_int>(symbol)(addr) };
+        assert_eq!(unmapped, 1);
+        let symbol = self.symbol("standin_place");
+        // SAFETY: see `app_uses`.
+        unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn(u64)>(symbol)(addr) };
+        self.memory(Memory::Device, 0, bytes, ctx)
+    }
+
+    /// Drops all memory that is not the application's: what was mapped and could not be unmapped. Keeps what begins at `addr`.
+    pub fn forget_mappings(&self, addr: u64) {
+        let symbol = self.symbol("standin_forget_all_but");
+        // SAFETY: see `app_uses`.
+        unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn(u64)>(symbol)(addr) };
+    }
+
     /// Fails the nth call of this name from now on; "*" is any name, nth 0 none.
     pub fn fail(&self, call: &str, nth: i32, code: u32) {
         type Fail = unsafe extern "C" fn(*const c_char, c_int, c_uint);
