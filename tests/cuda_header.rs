@@ -9,7 +9,9 @@ use std::mem::{offset_of, size_of};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use nixl_libfabric::sys::cuda::{CONSTANTS, CUmemAllocationProp, SYMBOLS};
+use nixl_libfabric::sys::cuda::{
+    CONSTANTS, CUipcMemHandle, CUmemAccessDesc, CUmemAllocationProp, CUmemLocation, SYMBOLS,
+};
 
 fn include_dir() -> Option<PathBuf> {
     let named = std::env::var_os("CUDA_INCLUDE").map(PathBuf::from);
@@ -40,8 +42,24 @@ fn numbers_symbols_and_layouts_agree_with_the_header() {
         writeln!(source, "_Static_assert(offsetof(CUmemAllocationProp, {field}) == {offset}, \"{field}\");")
             .unwrap();
     }
-    let size = size_of::<CUmemAllocationProp>();
-    writeln!(source, "_Static_assert(sizeof(CUmemAllocationProp) == {size}, \"size\");").unwrap();
+    let access = [
+        ("location.type", offset_of!(CUmemAccessDesc, location.kind)),
+        ("location.id", offset_of!(CUmemAccessDesc, location.id)),
+        ("flags", offset_of!(CUmemAccessDesc, flags)),
+    ];
+    for (field, offset) in access {
+        writeln!(source, "_Static_assert(offsetof(CUmemAccessDesc, {field}) == {offset}, \"{field}\");")
+            .unwrap();
+    }
+    let sizes = [
+        ("CUmemAllocationProp", size_of::<CUmemAllocationProp>()),
+        ("CUmemAccessDesc", size_of::<CUmemAccessDesc>()),
+        ("CUmemLocation", size_of::<CUmemLocation>()),
+        ("CUipcMemHandle", size_of::<CUipcMemHandle>()),
+    ];
+    for (name, size) in sizes {
+        writeln!(source, "_Static_assert(sizeof({name}) == {size}, \"{name}\");").unwrap();
+    }
     source += "#define TEXT_(x) #x\n#define TEXT(x) TEXT_(x)\n\
                #define SAME(plain, symbol) if (strcmp(TEXT(plain), symbol)) return __LINE__;\n\
                int main(void) {\n";

@@ -3,6 +3,8 @@
     cases.py shm          everything that goes over libfabric's shm provider with CUDA IPC, or stays in one agent
     cases.py tcp          a provider that cannot register GPU memory
     cases.py staging      the same provider, with GPU memory by way of host memory
+    cases.py same_host    as staging, and what two processes of a host reach by CUDA alone
+    cases.py sweep        no test: copies by the driver and by the plugin's kernel, for lengths and numbers of pieces
     cases.py efa          libfabric's efa provider over software EFA devices: run.sh says how it is started
     cases.py sanitizer    a short run without PyTorch, to be started under compute-sanitizer
 """
@@ -22,6 +24,8 @@ from kinds import (
     busy_streams, current_stays, expandable_segments, graph_capture, imported, kind_of_memory, leaks, refused_memory, tensors,
 )
 from node import Node, Remote
+from same_host import run_same_host
+from sweep import run_sweep
 
 # One operation for each descriptor: which way the shm provider takes depends on the size of the operation, and CUDA IPC,
 # the one to be tested, is for large ones.
@@ -250,7 +254,10 @@ def run_sanitizer():
 
 
 if __name__ == "__main__":
-    runs = {"shm": run_shm, "tcp": run_tcp, "staging": run_staging, "efa": run_efa, "sanitizer": run_sanitizer}
+    runs = {
+        "shm": run_shm, "tcp": run_tcp, "staging": run_staging, "same_host": run_same_host, "sweep": run_sweep,
+        "efa": run_efa, "sanitizer": run_sanitizer,
+    }
     runs[sys.argv[1]]()
     sys.stdout.flush()
     # Interpreters differ in the order in which they end things at exit; what is tested is over.

@@ -109,7 +109,7 @@ class Block:
     """Memory of one kind. `segment` is what NIXL is told that it is."""
 
     KINDS = {
-        "cudaMalloc": "VRAM", "cudaMallocAsync": "VRAM", "VMM": "VRAM", "managed": "VRAM",
+        "cudaMalloc": "VRAM", "cudaMallocAsync": "VRAM", "VMM": "VRAM", "VMM-exportable": "VRAM", "managed": "VRAM",
         "pageable": "DRAM", "pinned": "DRAM", "host-registered": "DRAM",
     }
 
@@ -136,12 +136,16 @@ class Block:
         runtime("cudaMallocManaged", byref(pointer), c_size_t(self.size), 1)
         return pointer.value, lambda: runtime("cudaFree", pointer)
 
-    def _VMM(self):
+    def _VMM_exportable(self):
+        """As `_VMM`, of handles that may be exported as file descriptors: PyTorch's are."""
+        return self._VMM(1)
+
+    def _VMM(self, handle_types=0):
         """One address range over several handles, as PyTorch's expandable segments are made."""
         pieces = -(-self.size // VMM_PIECE_BYTES)
         reserved = pieces * VMM_PIECE_BYTES
         runtime("cudaFree", None)
-        properties = _AllocationProperties(1, 0, _Location(1, self.device))
+        properties = _AllocationProperties(1, handle_types, _Location(1, self.device))
         properties.flags.gdr = 1
         base = c_uint64()
         driver("cuMemAddressReserve", byref(base), c_size_t(reserved), c_size_t(0), c_uint64(0), c_ulonglong(0))
@@ -196,6 +200,19 @@ class Block:
         copy(data.ctypes.data, self.address, self.size)
         for offset, length, seed in parts:
             wrong = np.flatnonzero((data != pattern(seed, self.size))[offset : offset + length])
+            if wrong.size:
+                return f"{wrong.size} of {length} bytes at {offset} wrong, the first at {offset + wrong[0]}"
+        return None
+
+    def holds(self, parts):
+        """As `mixture`, of (offset, length, seed, where in that seed's pattern)."""
+        data = np.empty(self.size, dtype=np.uint8)
+        copy(data.ctypes.data, self.address, self.size)
+        patterns = {}
+        for offset, length, seed, place in parts:
+            if seed not in patterns:
+                patterns[seed] = pattern(seed, self.size)
+            wrong = np.flatnonzero(data[offset : offset + length] != patterns[seed][place : place + length])
             if wrong.size:
                 return f"{wrong.size} of {length} bytes at {offset} wrong, the first at {offset + wrong[0]}"
         return None

@@ -73,6 +73,9 @@ class Node:
     def mixture(self, address, parts):
         return self.blocks[address].mixture(parts)
 
+    def holds(self, address, parts):
+        return self.blocks[address].holds(parts)
+
     def tail_at_once(self, address, size):
         return cuda.read_at_once(address + self.blocks[address].size - size, size)
 
@@ -107,6 +110,10 @@ class Node:
         if state != "DONE":
             raise RuntimeError(f"the transfer ended as {state}" if state != "PROC" else f"not done after {WAIT_S} s")
         return time.monotonic() - start
+
+    def transfer(self, operation, local, remote, peer):
+        """Prepares, posts and waits, for a node in another process; returns the seconds that it took."""
+        return self.run(self.prepare(operation, local, remote, peer))
 
     def post(self, handle):
         return self.agent.transfer(handle)

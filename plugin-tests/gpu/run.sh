@@ -5,16 +5,16 @@
 #
 # It needs python3 with numpy (and PyTorch, for the cases about it), CUDA's runtime library, no network and no compiler.
 # LIMIT_S (default 480) bounds the whole. OUT, if set, names a folder for the log. ONLY, if set, is a list of what to run:
-# shm tcp staging sanitizer efa. The last needs a bundle with software EFA devices: GPU memory is then registered with
+# shm tcp staging same_host sweep sanitizer efa. The last needs a bundle with software EFA devices: GPU memory is then registered with
 # libfabric's real efa provider, by dmabuf, by address, and where the host refuses both.
 #
 # Without a GPU: cuda-standin/build.sh DIR, then LD_LIBRARY_PATH=DIR NIXL_LIBFABRIC_LIBCUDA=DIR/libcuda.so.1
-# CUDA_STANDIN_HIDDEN=1 ONLY=efa run.sh BUNDLE.
+# CUDA_STANDIN_HIDDEN=1 ONLY="efa same_host" run.sh BUNDLE.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 bundle=${1:?a bundle made by pack.sh}
 limit=${LIMIT_S:-480}
-only=${ONLY:-shm tcp staging sanitizer efa}
+only=${ONLY:-shm tcp staging same_host sanitizer efa}
 end=$(($(date +%s) + limit))
 if [ -f "$bundle" ]; then
     unpacked=$(mktemp -d)
@@ -27,6 +27,8 @@ log=${OUT:-$(mktemp -d)}/gpu.log
 
 export NIXL_PLUGIN_DIR="$bundle/plugin" NIXL_LOG_LEVEL="${NIXL_LOG_LEVEL:-INFO}" PYTHONUNBUFFERED=1
 export PYTHONPATH="$bundle/nixl:$here" CASES_LOG="$log.part"
+# Both ends are on one host here, and most cases are about providers: those about the host say so by an option.
+export NIXL_LIBFABRIC_SAME_HOST=off
 libraries=${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 export LD_LIBRARY_PATH="$bundle/libfabric$libraries"
 
@@ -46,7 +48,7 @@ cases() {
     fi
     FI_PROVIDER=$provider timeout "$left" "$@" python3 "$here/cases.py" "$name" >"$log.part" 2>&1
     status=$?
-    grep -E '^(PASS|FAIL|SKIP|VERSIONS)  ' "$log.part"
+    grep -E '^(PASS|FAIL|SKIP|VERSIONS|NUMBER)  ' "$log.part"
     if [ $status -ne 0 ] && ! grep -q '^FAIL' "$log.part"; then
         echo "FAIL  $name  the run ended with status $status" | tee -a "$log.part"
     fi
@@ -76,6 +78,8 @@ efa() {
 wanted shm && cases shm shm
 wanted tcp && cases tcp tcp
 wanted staging && cases staging tcp
+wanted same_host && cases same_host tcp
+wanted sweep && cases sweep tcp
 if ! wanted efa; then
     :
 elif [ ! -d "$bundle/softefa" ]; then

@@ -34,12 +34,17 @@ const IDLE_EVENTS_MAX: usize = 64;
 /// Most copies dropped while in flight; one more waits for the stream to empty.
 const ABANDONED_MAX: usize = 1024;
 
+/// Bytes at each end of a range that are read to see whether it can be reached, and how long that may take: a GPU that is busy
+/// copies in between.
+const TRIED_BYTES: u64 = 16;
+const TRY_MS_MAX: u64 = 1000;
+
 /// How long the end of a stream waits for its copies: far more than any copy takes, so running into it means that the
 /// device is lost.
 const DRAIN_MS_MAX: u64 = 10_000;
 
 /// What a copy needs until it is over.
-pub(super) type Owner = Arc<dyn fmt::Debug + Send + Sync>;
+pub type Owner = Arc<dyn fmt::Debug + Send + Sync>;
 
 /// A range of host or device memory to copy from or to.
 ///
@@ -89,6 +94,16 @@ impl Span {
         }
     }
 
+    /// Reads its first and its last bytes by a copy in this context: whether it can be reached at all.
+    pub fn try_reading(&self, context: &Context) -> Result<()> {
+        let len = self.len.min(TRIED_BYTES);
+        let (buffer, stream) = (Pinned::new(context, 2 * TRIED_BYTES as usize)?, Stream::new(context)?);
+        let mut batch = Batch::default();
+        batch.add(&buffer.span(), 0, self, 0, len)?;
+        batch.add(&buffer.span(), len, self, self.len - len, len)?;
+        stream.start(batch)?.wait(Duration::from_millis(TRY_MS_MAX))
+    }
+
     /// First address.
     pub fn addr(&self) -> u64 {
         self.addr
@@ -115,17 +130,26 @@ struct Piece {
     kernels: CUcontext,
 }
 
+impl Piece {
+    /// Whether a kernel copies it, where there are several.
+    fn is_small(&self) -> bool {
+        !self.kernels.is_null() && self.len < KERNEL_PIECE_BYTES_MAX
+    }
+}
+
 /// Pieces to be copied in one go.
 #[derive(Debug, Default)]
 pub struct Batch {
     pieces: Vec<Piece>,
     keep: Keep,
+    /// Pieces that a kernel copies, if it can.
+    small: usize,
 }
 
 impl Batch {
     /// One with room for so many pieces.
     pub fn with_capacity(pieces: usize) -> Self {
-        Self { pieces: Vec::with_capacity(pieces), keep: Keep::new() }
+        Self { pieces: Vec::with_capacity(pieces), keep: Keep::new(), small: 0 }
     }
 
     /// Adds `len` bytes: from an offset in `from` to one in `to`. `InvalidParam` if they leave either.
@@ -139,10 +163,22 @@ impl Batch {
             }
         }
         let kernels = if to.kernels == from.kernels { to.kernels } else { CUcontext::NULL };
+        let piece = Piece { to: to.addr + to_offset, from: from.addr + from_offset, len, kernels };
         if len > 0 {
-            self.pieces.push(Piece { to: to.addr + to_offset, from: from.addr + from_offset, len, kernels });
+            self.small += usize::from(piece.is_small());
+            self.pieces.push(piece);
         }
         Ok(())
+    }
+
+    /// Keeps something until the copies are over, and longer than what was added before.
+    pub fn keep(&mut self, owner: Owner) {
+        self.keep.push(owner);
+    }
+
+    /// How many of its pieces the driver copies, one by one, on a stream that [has a kernel](Stream::has_kernel) or none.
+    pub fn singles(&self, has_kernel: bool) -> usize {
+        self.pieces.len() - if has_kernel { self.small } else { 0 }
     }
 
     /// How many pieces it has.
@@ -227,14 +263,14 @@ impl Stream {
         self.0.context.with(|| self.start_here(batch))?
     }
 
-    /// Loads what batches of many pieces need, so that none has to wait for it.
-    pub fn prepare(&self) {
-        self.0.kernel();
+    /// Whether it copies many small pieces at once. Asked first, it loads what that takes.
+    pub fn has_kernel(&self) -> bool {
+        self.0.kernel().is_some()
     }
 
     fn start_here(&self, batch: Batch) -> Result<InFlight> {
         let event = self.0.take_event()?;
-        let Batch { mut pieces, keep } = batch;
+        let Batch { mut pieces, keep, .. } = batch;
         let mut copy = InFlight {
             stream: self.clone(),
             event,
@@ -299,15 +335,13 @@ impl Inner {
     /// do is left: to copy the same bytes again does no harm. Runs in the stream's context.
     fn queue_small(&self, pieces: &mut Vec<Piece>, tables: &mut Vec<Table>) -> bool {
         let own = self.context.handle();
-        let is_small = |piece: &Piece| piece.kernels == own && piece.len < KERNEL_PIECE_BYTES_MAX;
+        let is_small = |piece: &Piece| piece.kernels == own && piece.is_small();
         if pieces.len() < KERNEL_PIECES_MIN
             || pieces.iter().filter(|p| is_small(p)).count() < KERNEL_PIECES_MIN
         {
             return false;
         }
-        let Some(kernel) = self.kernel().filter(|_| !self.is_kernel_broken.load(Ordering::Relaxed)) else {
-            return false;
-        };
+        let Some(kernel) = self.kernel() else { return false };
         match self.launch(kernel, pieces.iter().filter(|p| is_small(p)), tables) {
             Ok(()) => pieces.retain(|piece| !is_small(piece)),
             Err(why) => {
@@ -350,7 +384,7 @@ impl Inner {
         Ok(())
     }
 
-    /// The kernel, loaded at the first call; `None` where the driver cannot.
+    /// The kernel, loaded at the first call; `None` where that or a launch has failed.
     fn kernel(&self) -> Option<&Kernel> {
         let load = || match Kernel::load(&self.context) {
             Ok(kernel) => Some(kernel),
@@ -360,7 +394,7 @@ impl Inner {
                 None
             }
         };
-        self.kernel.get_or_init(load).as_ref()
+        self.kernel.get_or_init(load).as_ref().filter(|_| !self.is_kernel_broken.load(Ordering::Relaxed))
     }
 
     fn take_table(&self) -> Result<Table> {
@@ -522,6 +556,7 @@ impl InFlight {
                 self.state = State::Lost;
             } else {
                 self.state = State::Ended;
+                // In order: a mapping ends before what allows it.
                 self.keep.clear();
                 self.stream.0.give_tables(std::mem::take(&mut self.tables));
             }

@@ -25,12 +25,13 @@ use std::sync::{Arc, OnceLock};
 use crate::error::{Error, Result, Status};
 use crate::sys::cuda::{self as sys, Api, CUdevice, CUresult};
 use crate::types::PciAddress;
+pub use crate::wire::gpu::{Handle, Shareable};
 
 pub use context::Context;
-pub use copy::{Batch, InFlight, PINNED_BYTES_MAX, Pinned, Span, Stream};
+pub use copy::{Batch, InFlight, Owner, PINNED_BYTES_MAX, Pinned, Span, Stream};
 pub use dmabuf::{DmaBuf, Export, plan_exports};
 pub use pointer::{Allocation, Kind, SEGMENTS_MAX, Segment};
-pub use share::{FILES_MAX, HANDLE_BYTES, Handle, Lent, Mapping, Shareable};
+pub use share::{Lent, Mapping};
 
 /// Environment variable that names the CUDA driver library, in place of the search for `libcuda.so.1`.
 pub const LIBRARY_ENV: &str = "NIXL_LIBFABRIC_LIBCUDA";

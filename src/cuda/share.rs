@@ -14,38 +14,10 @@ use super::{Allocation, Context, Cuda, Kind, check};
 use crate::error::{Error, Result};
 use crate::sys::cuda::{self as sys, CUipcMemHandle, CUmemAccessDesc, CUmemHandle, CUmemLocation};
 use crate::sys::files::open_files_max;
-
-/// Bytes of a handle of `cuMemAlloc` memory.
-pub const HANDLE_BYTES: usize = sys::IPC_HANDLE_BYTES;
-
-/// Most file descriptors that one range is lent by: 10 GiB of `PyTorch`'s segments of 20 MiB.
-pub const FILES_MAX: usize = 512;
+use crate::wire::gpu::{FILES_MAX, HANDLE_BYTES, Handle, Shareable};
 
 /// Descriptors that this process lends memory by.
 static FILES_LENT: AtomicUsize = AtomicUsize::new(0);
-
-/// How memory is lent.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Handle {
-    /// The driver's handle of a whole allocation.
-    Ipc([u8; HANDLE_BYTES]),
-    /// Descriptors in the lender's process and the bytes that each stands for, in the order of the addresses.
-    Files(Vec<(u32, u64)>),
-}
-
-/// What another process needs to map an allocation, or several that lie behind one another.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Shareable {
-    /// Its first address in the lender's process.
-    pub base: u64,
-    /// Its length in bytes.
-    pub size: u64,
-    /// The driver's number of it, which the lender's process never gives to another allocation, not even at the same address
-    /// (`CU_POINTER_ATTRIBUTE_BUFFER_ID`).
-    pub id: u64,
-    /// How it is mapped.
-    pub handle: Handle,
-}
 
 /// Memory lent, for as long as this is kept; mappings made meanwhile stay.
 #[derive(Debug)]

@@ -148,6 +148,7 @@ impl Shared {
         for (tag, error) in released.failed {
             self.part_over(&tag, Err(error), next);
         }
+        released.unmapped.inspect(|neighbour| neighbour.unmap());
     }
 
     fn part_over(&self, tag: &Tag, outcome: Result<()>, next: &mut Vec<Event>) {

@@ -44,7 +44,7 @@ impl Mail {
             Message::Ask => Note::Ask,
             Message::Lend { slot_bytes, slots, region } => {
                 let region = if slots == 0 {
-                    PublicMetadata { keys: Vec::new(), addr: 0, board: None }
+                    PublicMetadata { keys: Vec::new(), addr: 0, board: None, gpu: None }
                 } else {
                     PublicMetadata::decode(region, peer.endpoint_count())?
                 };

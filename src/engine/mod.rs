@@ -315,7 +315,7 @@ impl Engine {
             return Ok(Request::Own(OwnTransfer(Arc::new(Own::prepare(op, local, remote)?))));
         }
         let peer = self.peer(agent)?;
-        let nearby = is_nearby(&peer, local, remote);
+        let nearby = is_nearby(&self.works.shared, &peer, local, remote);
         let mut preparation = Preparation::new(&self.works.shared, &peer, local.len(), nearby);
         preparation.add(local, remote)?;
         if preparation.is_staged {

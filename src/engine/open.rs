@@ -49,7 +49,7 @@ pub(super) fn open(
         let rails = open_rails(&library, &mut found, &config, use_wait_fd)?;
         Ok::<_, Error>((found, rails))
     })?;
-    let vram = Vram::find(&rails, &found, config.vram_staging);
+    let vram = Vram::find(&rails, &found, config.vram_staging, config.same_host != SameHost::Off);
     let placement = Placement::new(rails.iter().map(|rail| (rail.id(), rail.device())), &config)?;
     let mut extension = Extension::ours(incarnation(), MESSAGE_BYTES_MAX as u32, config.notif_bytes_max);
     if vram.is_staged() {

@@ -9,12 +9,11 @@ use super::{Metadata, XferElement, local, metadata};
 use crate::error::{Error, Result, Status};
 use crate::fabric::{RmaList, Way};
 use crate::memory::{Registration, RemoteRegion};
-use crate::neighbour::NeighbourRegion;
 use crate::peer::Peer;
 use crate::rail::{Destination, Event, Tag, Work};
 use crate::transfer::plan::{self, Cutter, Lane};
 use crate::transfer::{CopyList, CopyPair, Far, Next, Part, Transfer};
-use crate::types::{Op, RailId};
+use crate::types::{MemKind, Op, RailId};
 
 /// A transfer and the peer that it is with.
 pub struct Remote {
@@ -180,7 +179,7 @@ pub struct Preparation<'e, 'a> {
     pairs: HashMap<PairKey, Pair>,
     pub is_staged: bool,
     /// How the peer's regions are reached without a network, where all are: in the order of the pairs of the only set.
-    nearby: Option<Vec<NeighbourRegion>>,
+    nearby: Option<Vec<Far>>,
 }
 
 /// Pairs of regions with the same lanes.
@@ -298,8 +297,7 @@ impl<'e, 'a> Preparation<'e, 'a> {
     /// A pair that is copied: those make one set, without lanes.
     fn pair_nearby(&mut self, registration: &'a Arc<Registration>, remote: &'a RemoteRegion) -> Option<Pair> {
         let nearby = self.nearby.as_mut()?;
-        let region = nearby_region(self.peer, registration, remote)?;
-        nearby.push(region.clone());
+        nearby.push(nearby_region(self.shared, self.peer, registration, remote)?);
         if self.sets.is_empty() {
             let cutter = Cutter::whole(self.capacity);
             self.sets.push(LaneSet { lanes: Vec::new(), pairs: Vec::new(), cutter });
@@ -313,16 +311,17 @@ impl<'e, 'a> Preparation<'e, 'a> {
     fn finish_nearby<'d>(
         self,
         op: Op,
-        nearby: Vec<NeighbourRegion>,
+        nearby: Vec<Far>,
         local: &[impl XferElement<'d>],
         remote: &[impl XferElement<'d>],
     ) -> Result<Arc<Transfer>> {
         let mut copies = None;
         for set in self.sets {
-            let pairs = set.pairs.into_iter().zip(&nearby).map(|((near, _), region)| CopyPair {
-                near: Arc::clone(near),
-                far: Far::There(region.clone()),
-            });
+            let pairs = set
+                .pairs
+                .into_iter()
+                .zip(&nearby)
+                .map(|((near, _), far)| CopyPair { near: Arc::clone(near), far: far.clone() });
             let list = CopyList::new(op, set.cutter.finish(), pairs.collect());
             copies = Some(list.map_err(|e| first_outside(local, remote).unwrap_or(e))?);
         }
@@ -362,6 +361,7 @@ impl<'e, 'a> Preparation<'e, 'a> {
 
 /// Whether all of a transfer is reached without a network. One descriptor that is not, and the NICs move all.
 pub fn is_nearby<'a>(
+    shared: &Shared,
     peer: &Arc<Peer>,
     local: &[impl XferElement<'a>],
     remote: &[impl XferElement<'a>],
@@ -373,21 +373,29 @@ pub fn is_nearby<'a>(
     local.iter().zip(remote).all(|(here, there)| {
         let key = Some(key_of(here, there));
         let near = known == key
-            || regions(here, there).is_ok_and(|(own, theirs)| nearby_region(peer, own, theirs).is_some());
+            || regions(here, there)
+                .is_ok_and(|(own, theirs)| nearby_region(shared, peer, own, theirs).is_some());
         known = key;
         near
     })
 }
 
 /// How a pair of regions is reached without a network, if it is.
-fn nearby_region<'a>(
+fn nearby_region(
+    shared: &Shared,
     peer: &Arc<Peer>,
     registration: &Registration,
-    remote: &'a RemoteRegion,
-) -> Option<&'a NeighbourRegion> {
-    let neighbour =
-        peer.neighbour().filter(|_| registration.is_host_memory() && remote.peer() == peer.id())?;
-    remote.nearby(neighbour)
+    remote: &RemoteRegion,
+) -> Option<Far> {
+    let neighbour = peer.neighbour().filter(|_| remote.peer() == peer.id())?;
+    if remote.kind() == MemKind::Dram {
+        // Host memory of another process is nothing that a GPU could copy.
+        let nearby = remote.nearby(neighbour).filter(|_| registration.is_host_memory());
+        return nearby.cloned().map(Far::There);
+    }
+    // In the context of the memory here; host memory is copied by a GPU whose memory was registered, if there is one.
+    let context = registration.copy_context().ok()?.or_else(|| shared.vram.own_context().cloned())?;
+    remote.nearby_gpu(neighbour, &context).map(Far::Gpu)
 }
 
 /// Which region the first wrong descriptor is not inside of.

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use super::discover::{Found, names};
 use super::placement::Placement;
 use crate::cuda::neuron::Neuron;
-use crate::cuda::{Allocation, Context, Cuda, DmaBuf, Kind, Runtime};
+use crate::cuda::{Allocation, Context, Cuda, DmaBuf, Kind, Lent, Runtime};
 use crate::error::{Error, Result, Status};
 use crate::fabric::{Dmabuf, Hmem, MemoryRange, RegisteredBuffer, Version, next_key};
 use crate::memory::{Memory, Registration};
@@ -41,6 +41,10 @@ pub(super) struct Vram {
     staged: Option<&'static Cuda>,
     /// A NIC moves the data; otherwise the provider does, with copies of CUDA's.
     by_nic: bool,
+    /// Whether agents of this host may map it.
+    lends: bool,
+    /// Where copies to and from host memory run, once GPU memory is registered.
+    own: OnceLock<Context>,
     /// Devices of which the log has told how they are registered.
     told: Mutex<BTreeSet<(i32, Way)>>,
     /// Current while rails are driven, once GPU memory is registered: providers copy then.
@@ -70,7 +74,8 @@ pub(super) fn lead_to_cudart() {
 
 impl Vram {
     /// Finds out what can be done on these rails.
-    pub fn find(rails: &[Arc<Rail>], found: &Found, staging: bool) -> Self {
+    /// Agents of this host may map it if it `lends`.
+    pub fn find(rails: &[Arc<Rail>], found: &Found, staging: bool, lends: bool) -> Self {
         let runtime = usable_runtime(rails, found);
         let cuda = if staging && Runtime::is_likely() { Cuda::get().ok() } else { None };
         let staged = cuda.filter(|_| runtime.is_err());
@@ -81,7 +86,8 @@ impl Vram {
             (Err(why), None) => log::debug!("no VRAM: {why}"),
         }
         let (told, context) = (Mutex::default(), OnceLock::new());
-        let vram = Self { runtime, staged, by_nic: !found.software, told, context };
+        let vram =
+            Self { runtime, staged, by_nic: !found.software, lends, own: OnceLock::new(), told, context };
         // shm page-locks its peers' memory by CUDA as soon as it meets them.
         if let (Ok(Runtime::Cuda(cuda)), false) = (&vram.runtime, vram.by_nic)
             && let Some(context) = cuda.any_active_context()
@@ -103,6 +109,49 @@ impl Vram {
     /// Whether VRAM moves by way of host memory.
     pub fn is_staged(&self) -> bool {
         self.staged.is_some()
+    }
+
+    /// A context in which GPU memory of this agent is, if it has registered some.
+    pub fn own_context(&self) -> Option<&Context> {
+        self.own.get()
+    }
+
+    /// What is to be registered of a GPU.
+    fn memory(
+        &self,
+        cuda: &Cuda,
+        allocation: &Allocation,
+        range: MemoryRange,
+        dev_id: u64,
+        ipc: bool,
+    ) -> Memory {
+        if let Some(context) = &allocation.context {
+            self.own.get_or_init(|| context.clone());
+        }
+        let hmem = Hmem::Cuda { device: allocation.device.ordinal as i32, ipc };
+        Memory {
+            context: allocation.context.clone(),
+            kernels_reach: cuda.kernels_reach(allocation),
+            lent: self.lend(cuda, allocation, range),
+            ..Memory::new(range, MemKind::Vram, dev_id, hmem)
+        }
+    }
+
+    fn lend(&self, cuda: &Cuda, allocation: &Allocation, range: MemoryRange) -> Option<Arc<Lent>> {
+        if !self.lends {
+            return None;
+        }
+        match cuda.lend(allocation) {
+            Ok(lent) => Some(Arc::new(lent)),
+            Err(why) => {
+                log::debug!(
+                    "VRAM {:#x}+{} is not lent to agents of this host: {why}",
+                    range.addr(),
+                    range.len()
+                );
+                None
+            }
+        }
     }
 
     /// Runs `work`, which drives rails.
@@ -127,7 +176,7 @@ impl Vram {
             Ok(Runtime::Cuda(cuda)) => self.register_cuda(cuda, rails, placement, range, dev_id),
             Ok(Runtime::Neuron(neuron)) => self.register_neuron(neuron, rails, placement, range, dev_id),
             Err(why) => match self.staged {
-                Some(cuda) => register_staged(cuda, rails, range, dev_id),
+                Some(cuda) => self.register_staged(cuda, rails, range, dev_id),
                 None => Err(why.clone()),
             },
         }
@@ -153,16 +202,8 @@ impl Vram {
                 device.ordinal
             );
         }
-        let memory = Memory {
-            range,
-            kind: MemKind::Vram,
-            dev_id,
-            hmem: Hmem::Cuda {
-                device: device.ordinal as i32,
-                ipc: !self.by_nic && allocation.kind == Kind::Device,
-            },
-            context: allocation.context.clone(),
-        };
+        let ipc = !self.by_nic && allocation.kind == Kind::Device;
+        let memory = self.memory(cuda, &allocation, range, dev_id, ipc);
         let near = placement.rails_for_accelerator(Some(device.pci));
         // For providers that copy by CUDA, too: a copy within a GPU returns before it is over, and its operation would be
         // completed before the data has arrived.
@@ -192,6 +233,19 @@ impl Vram {
         })
     }
 
+    /// Takes in GPU memory that no rail is to reach.
+    fn register_staged(
+        &self,
+        cuda: &Cuda,
+        rails: &[Arc<Rail>],
+        range: MemoryRange,
+        dev_id: u64,
+    ) -> Result<Registration> {
+        let allocation = cuda.inspect(range.addr(), range.len())?;
+        allocation.require_vram()?;
+        Registration::new(rails, Vec::new(), self.memory(cuda, &allocation, range, dev_id, false), None)
+    }
+
     fn register_neuron(
         &self,
         neuron: &Neuron,
@@ -201,8 +255,7 @@ impl Vram {
         dev_id: u64,
     ) -> Result<Registration> {
         let device = i32::try_from(dev_id).map_err(|_| Error::invalid("there is no such Neuron device"))?;
-        let memory =
-            Memory { range, kind: MemKind::Vram, dev_id, hmem: Hmem::Neuron { device }, context: None };
+        let memory = Memory::new(range, MemKind::Vram, dev_id, Hmem::Neuron { device });
         let near = match neuron.attached_efa(range.addr()) {
             Ok(nic) => rails_on(rails, nic),
             Err(why) => {
@@ -297,20 +350,6 @@ impl Vram {
             ("rails".to_owned(), rails.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")),
         ]))
     }
-}
-
-/// Takes in GPU memory that no rail is to reach.
-fn register_staged(
-    cuda: &Cuda,
-    rails: &[Arc<Rail>],
-    range: MemoryRange,
-    dev_id: u64,
-) -> Result<Registration> {
-    let allocation = cuda.inspect(range.addr(), range.len())?;
-    allocation.require_vram()?;
-    let hmem = Hmem::Cuda { device: allocation.device.ordinal as i32, ipc: false };
-    let memory = Memory { range, kind: MemKind::Vram, dev_id, hmem, context: allocation.context };
-    Registration::new(rails, Vec::new(), memory, None)
 }
 
 /// The runtime whose memory can be registered on these rails, or why none.

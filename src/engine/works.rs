@@ -133,6 +133,7 @@ impl Driver for Works {
         let now = Instant::now();
         let (mut waiting, mut events) = (false, Vec::new());
         for peer in self.shared.peers.all() {
+            peer.sweep();
             let (waits, released) = peer.tick(now);
             waiting |= waits;
             self.shared.release(released, &mut events);

@@ -7,13 +7,13 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use self::uses::Uses;
-use crate::cuda::{Context, Cuda};
+use crate::cuda::{Context, Cuda, Lent, Span};
 use crate::error::{Error, Result};
 use crate::fabric::{Dmabuf, Hmem, MemoryRange, MemoryRegion, next_key};
-use crate::neighbour::{Board, Copiers, Neighbour, NeighbourRegion, Published};
+use crate::neighbour::{Board, Copiers, GpuRegion, Neighbour, NeighbourRegion, Published};
 use crate::rail::Rail;
 use crate::types::{AgentName, Desc, MemKind, PeerId, RailId};
-use crate::wire::PublicMetadata;
+use crate::wire::{PublicMetadata, Shareable};
 
 /// Ranges at least this long are registered on several rails at once: pinning takes about 0.1 ms for each MiB.
 const PARALLEL_REGISTRATION_BYTES_MIN: u64 = 64 << 20;
@@ -54,12 +54,21 @@ pub struct Memory {
     pub hmem: Hmem,
     /// CUDA context in which to work on it, for memory of a GPU that has one.
     pub context: Option<Context>,
+    /// Whether kernels in that context may touch it.
+    pub kernels_reach: bool,
+    /// GPU memory that agents of this host may map.
+    pub lent: Option<Arc<Lent>>,
 }
 
 impl Memory {
     /// Host memory.
     pub fn host(range: MemoryRange, dev_id: u64) -> Self {
-        Self { range, kind: MemKind::Dram, dev_id, hmem: Hmem::System, context: None }
+        Self::new(range, MemKind::Dram, dev_id, Hmem::System)
+    }
+
+    /// Memory in no context, which no kernel reaches and nobody maps.
+    pub fn new(range: MemoryRange, kind: MemKind, dev_id: u64, hmem: Hmem) -> Self {
+        Self { range, kind, dev_id, hmem, context: None, kernels_reach: false, lent: None }
     }
 
     /// Runs `work` in the memory's context, if it has one: libfabric may call CUDA.
@@ -88,6 +97,8 @@ pub struct Registration {
     rails: Vec<RailId>,
     /// Its place on the agent's board, if agents of this host may reach it.
     published: Option<Published>,
+    /// By what they map it, if it is GPU memory; `None` once it is deregistered.
+    lent: Mutex<Option<Arc<Lent>>>,
     /// Posts in flight, and times that the host has registered it and not deregistered it.
     uses: Uses,
 }
@@ -109,7 +120,7 @@ impl Registration {
     pub fn new(
         all_rails: &[Arc<Rail>],
         rails: Vec<RailId>,
-        memory: Memory,
+        mut memory: Memory,
         dmabuf: Option<&Dmabuf>,
     ) -> Result<Self> {
         let rails = working(all_rails, rails).map_err(|e| e.context(&memory))?;
@@ -133,9 +144,11 @@ impl Registration {
         } else {
             rails.iter().map(|&rail| register(rail)).collect()
         };
+        let lent = Mutex::new(memory.lent.take());
         // Made before the outcomes are looked at, so that its end undoes what has been done, in the right context.
         let registration = Self {
             memory,
+            lent,
             regions: Mutex::new(vec![None; all_rails.len()]),
             users: Mutex::default(),
             rails,
@@ -162,7 +175,7 @@ impl Registration {
 
     /// Lets agents of this host reach it, if it is memory that they can.
     pub fn publish(&mut self, board: &Arc<Board>) {
-        if self.is_host_memory() {
+        if self.is_host_memory() || self.lock_lent().is_some() {
             self.published = board.publish(self.memory.range);
         }
     }
@@ -232,6 +245,7 @@ impl Registration {
     /// Ends the registration on every rail: when it returns, no NIC reaches the range, unless operations that use
     /// it are in flight.
     pub fn close(&self) {
+        drop(self.lock_lent().take());
         let users = std::mem::take(&mut *self.users.lock().unwrap_or_else(PoisonError::into_inner));
         // Taken out here: where the context cannot be entered, they are dropped all the same.
         let regions: Vec<_> = self.lock_regions().iter_mut().filter_map(Option::take).collect();
@@ -249,6 +263,18 @@ impl Registration {
         }
     }
 
+    /// All of it, to be copied by a GPU in this context.
+    pub fn span(&self, context: &Context) -> Result<Span> {
+        let range = self.memory.range;
+        let span = Span::registered(range, range.addr(), range.len())?;
+        let reached = self.memory.kernels_reach && self.memory.context.as_ref() == Some(context);
+        Ok(if reached { span.with_kernels_of(context) } else { span })
+    }
+
+    fn lock_lent(&self) -> MutexGuard<'_, Option<Arc<Lent>>> {
+        self.lent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock_regions(&self) -> MutexGuard<'_, Vec<Option<MemoryRegion>>> {
         self.regions.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -261,7 +287,8 @@ impl Registration {
             keys[0] = Some(STAGED_KEY);
         }
         let board = self.published.as_ref().map(Published::entry);
-        PublicMetadata { keys, addr: self.memory.range.addr(), board }
+        let gpu = self.lock_lent().as_ref().map(|lent| lent.shareable().clone());
+        PublicMetadata { keys, addr: self.memory.range.addr(), board, gpu }
     }
 
     /// Checks that a descriptor lies inside.
@@ -330,6 +357,10 @@ pub struct RemoteRegion {
     is_staged: bool,
     /// How it is reached without a network, once that was tried.
     nearby: OnceLock<Option<NeighbourRegion>>,
+    /// By what it is mapped, if it is GPU memory that its agent lends.
+    gpu: Option<Arc<Shareable>>,
+    /// How a GPU copies it without a network, for each context in which that was tried.
+    nearby_gpu: Mutex<Vec<(Context, Option<GpuRegion>)>>,
 }
 
 impl fmt::Display for RemoteRegion {
@@ -349,7 +380,30 @@ impl RemoteRegion {
         metadata: PublicMetadata,
     ) -> Self {
         let is_staged = kind == MemKind::Vram && stages_vram;
-        Self { desc, kind, agent, peer, metadata, is_staged, nearby: OnceLock::new() }
+        let gpu = metadata.gpu.clone().filter(|_| kind == MemKind::Vram).map(Arc::new);
+        let (nearby, nearby_gpu) = (OnceLock::new(), Mutex::default());
+        Self { desc, kind, agent, peer, metadata, is_staged, nearby, nearby_gpu, gpu }
+    }
+
+    /// How it is copied without a network in a context here, if its agent is a neighbour, it is GPU memory, and that works: it is
+    /// tried the first time.
+    pub fn nearby_gpu(&self, neighbour: &Arc<Neighbour>, context: &Context) -> Option<GpuRegion> {
+        let (entry, gpu) = self.metadata.board.zip(self.gpu.as_ref())?;
+        let mut tried = self.nearby_gpu.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, outcome)) = tried.iter().find(|(known, _)| known == context) {
+            return outcome.clone();
+        }
+        let outcome = neighbour.reaches_gpu(entry, (self.desc.addr, self.desc.len), gpu, context);
+        if let Err(why) = &outcome {
+            log::debug!("{self} is not reached by CUDA, though on this host: {why}");
+        }
+        tried.push((context.clone(), outcome.ok()));
+        tried.last().and_then(|(_, outcome)| outcome.clone())
+    }
+
+    /// Kind of memory.
+    pub fn kind(&self) -> MemKind {
+        self.kind
     }
 
     /// How it is reached without a network, if its agent is a neighbour and that works: it is tried the first time.

@@ -9,6 +9,8 @@
 
 mod board;
 mod epochs;
+mod gpu;
+mod mappings;
 
 use std::fmt;
 use std::io;
@@ -17,8 +19,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use self::board::{Board, Copiers, Published};
 use self::board::{Owner, Words};
+use self::gpu::Mappings;
+pub use self::gpu::{GpuRegion, LongTurn};
+pub use self::mappings::MAPPINGS_MAX;
 use crate::error::{Error, Result, Status};
 use crate::fabric::{ProcessCopy, copy_with};
+use crate::sync::AtomicU64;
 use crate::sys::process::{self, Process};
 use crate::types::Op;
 use crate::wire::{BoardEntry, HostInfo};
@@ -35,6 +41,12 @@ pub struct Neighbour {
     pid: u32,
     /// The kernel does not allow it any more.
     lost: AtomicBool,
+    /// GPU memory of its process that is mapped here.
+    mappings: Arc<Mappings>,
+    /// Something of it was mapped, and the log has told so.
+    is_mapped: AtomicBool,
+    /// The peer was removed: nothing is mapped for it any more.
+    is_unmapped: AtomicBool,
 }
 
 impl fmt::Debug for Neighbour {
@@ -81,6 +93,9 @@ impl Neighbour {
             slots: Mutex::new(vec![slot]),
             pid: std::process::id(),
             lost: AtomicBool::new(false),
+            mappings: Mappings::of((peer.pid, peer.start_time)),
+            is_mapped: AtomicBool::new(false),
+            is_unmapped: AtomicBool::new(false),
         })
     }
 
@@ -109,6 +124,15 @@ impl Neighbour {
         Some(Slot { neighbour: Arc::clone(self), number })
     }
 
+    /// Fails unless the process is still the one that was met.
+    fn check_face(&self) -> Result<()> {
+        let face = self.process.read_bytes(self.info.board_addr).map_err(|e| self.broken(&e))?;
+        if face != Words::face(self.info.nonce) {
+            return Err(Error::disconnected("its process has become another program"));
+        }
+        Ok(())
+    }
+
     fn broken(&self, e: &io::Error) -> Error {
         if e.kind() == io::ErrorKind::NotFound || self.process.has_ended() {
             return Error::disconnected(format!("its process ({}) has ended", self.process.pid()));
@@ -131,6 +155,7 @@ impl Neighbour {
 impl Drop for Neighbour {
     fn drop(&mut self) {
         if self.pid == std::process::id() {
+            self.unmap();
             for slot in std::mem::take(&mut *self.lock()) {
                 self.board.slot(slot).owner.store(0, Ordering::Release);
             }
@@ -147,15 +172,14 @@ pub struct Slot {
 impl Slot {
     /// Begins to copy, if the process is still the one that was met.
     pub fn begin(&self) -> Result<Turn<'_>> {
-        let neighbour = &self.neighbour;
-        epochs::begin(neighbour.board.slot(self.number).epoch);
-        let turn = Turn { neighbour, slot: self.number };
-        let face =
-            neighbour.process.read_bytes(neighbour.info.board_addr).map_err(|e| neighbour.broken(&e))?;
-        if face != Words::face(neighbour.info.nonce) {
-            return Err(Error::disconnected("its process has become another program"));
-        }
+        epochs::begin(self.epoch());
+        let turn = Turn { neighbour: &self.neighbour, slot: self.number };
+        self.neighbour.check_face()?;
         Ok(turn)
+    }
+
+    fn epoch(&self) -> &AtomicU64 {
+        self.neighbour.board.slot(self.number).epoch
     }
 }
 

@@ -147,6 +147,8 @@ pub struct Released {
     pub begin: Vec<Tag>,
     /// These failed.
     pub failed: Vec<(Tag, Error)>,
+    /// GPU memory of this one is unmapped: the peer was removed.
+    pub unmapped: Option<Arc<Neighbour>>,
 }
 
 impl Peer {
@@ -585,7 +587,15 @@ impl Peer {
     fn close(&self, why: &Error) -> Released {
         let mut state = self.lock();
         state.gone = Some(why.clone());
-        self.fail_waiting(&mut state, why)
+        let unmapped = self.neighbour.get().cloned().flatten();
+        Released { unmapped, ..self.fail_waiting(&mut state, why) }
+    }
+
+    /// Lets go of GPU memory that the peer has deregistered, or that outlives its process.
+    pub fn sweep(&self) {
+        if let Some(Some(neighbour)) = self.neighbour.get() {
+            neighbour.sweep();
+        }
     }
 
     /// Fails what waits.

@@ -137,6 +137,17 @@ impl Process {
         Ok(file.into())
     }
 
+    /// A descriptor of our own for what the process has open as descriptor `fd` (pidfd_getfd(2), Linux 5.6).
+    pub fn take_file(&self, fd: u32) -> io::Result<OwnedFd> {
+        // SAFETY: takes numbers only; the result is checked before it is owned.
+        let taken = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.handle.as_raw_fd(), fd, 0) };
+        if taken < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: it was just opened, close-on-exec, and nothing else owns it.
+        Ok(unsafe { OwnedFd::from_raw_fd(taken as i32) })
+    }
+
     /// Bytes of its memory.
     pub fn read_bytes<const N: usize>(&self, addr: u64) -> io::Result<[u8; N]> {
         let mut bytes = MaybeUninit::<[u8; N]>::uninit();
@@ -219,6 +230,17 @@ mod tests {
         assert!(process.has_ended());
         assert_eq!(process.read_bytes::<1>(4096).unwrap_err().kind(), io::ErrorKind::NotFound);
         assert_eq!(Process::open(child.id(), began).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_file_of_a_process_is_taken() {
+        let pid = std::process::id();
+        let own = Process::open(pid, start_time(pid).unwrap()).unwrap();
+        let file = crate::sys::memfd::named("to be taken").unwrap();
+        let taken = own.take_file(file.as_raw_fd() as u32).unwrap();
+        let facts = |file: OwnedFd| File::from(file).metadata().unwrap().ino();
+        assert_eq!(facts(taken), facts(file));
+        assert_eq!(own.take_file(1 << 30).unwrap_err().raw_os_error(), Some(libc::EBADF));
     }
 
     #[test]

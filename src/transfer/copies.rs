@@ -9,11 +9,11 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::cuda::{Context, InFlight, Span, Stream};
+use crate::cuda::{Batch, Context, InFlight, Span, Stream};
 use crate::error::{Error, Result, Status};
 use crate::fabric::{ProcessCopy, RANGES_MAX, Slice, copy_between};
 use crate::memory::Registration;
-use crate::neighbour::{NeighbourRegion, Slot};
+use crate::neighbour::{GpuRegion, LongTurn, Neighbour, NeighbourRegion, Slot};
 use crate::rail::Tag;
 use crate::types::{MemKind, Op};
 
@@ -25,8 +25,10 @@ const SHARE_BYTES_MIN: u64 = 512 << 10;
 /// Pieces that one turn copies of a neighbour's: one system call.
 const TURN_PIECES_MAX: usize = RANGES_MAX;
 
-/// Pieces that a GPU copies before it is asked whether they are done.
-const BATCH_PIECES_MAX: usize = 128;
+/// Pieces that the driver copies one by one before it is asked whether they are done: each takes it some 2 us.
+const BATCH_SINGLES_MAX: usize = 128;
+/// Pieces of any length that a GPU copies before it is asked.
+const BATCH_PIECES_MAX: usize = 8192;
 /// Batches in flight: one that copies, one that waits, so that the GPU need not wait for whoever drives.
 const BATCHES_MAX: usize = 2;
 
@@ -37,6 +39,8 @@ pub enum Far {
     Here(Arc<Registration>),
     /// Host memory of a neighbour.
     There(NeighbourRegion),
+    /// GPU memory of a neighbour.
+    Gpu(GpuRegion),
 }
 
 /// A region here and one at the other end.
@@ -64,13 +68,19 @@ impl CopyPair {
         let far = match &self.far {
             Far::Here(far) => far,
             Far::There(_) => return Ok(Copier::Kernel),
+            Far::Gpu(far) => return Ok(Copier::Gpu(far.context().clone())),
         };
         let context = self.near.copy_context()?.or(far.copy_context()?);
         Ok(context.map_or(Copier::Processor, Copier::Gpu))
     }
 
     fn within_gpus(&self) -> bool {
-        matches!(&self.far, Far::Here(far) if [&self.near, far].iter().all(|region| region.kind() == MemKind::Vram))
+        let is_far = match &self.far {
+            Far::Here(far) => far.kind() == MemKind::Vram,
+            Far::There(_) => false,
+            Far::Gpu(_) => true,
+        };
+        is_far && self.near.kind() == MemKind::Vram
     }
 }
 
@@ -106,7 +116,7 @@ impl CopyList {
         self.pairs.iter().flat_map(|pair| {
             let far = match &pair.far {
                 Far::Here(far) => Some(far),
-                Far::There(_) => None,
+                Far::There(_) | Far::Gpu(_) => None,
             };
             std::iter::once(&pair.near).chain(far)
         })
@@ -135,10 +145,16 @@ struct Cursor {
     /// Turns under way.
     turns: usize,
     /// What GPUs copy, oldest first.
-    flying: VecDeque<InFlight>,
+    flying: VecDeque<Flight>,
     error: Option<Error>,
     /// It was said to be over.
     over: bool,
+}
+
+/// What a GPU copies, and whose memory takes part, if it is a neighbour's.
+struct Flight {
+    copy: InFlight,
+    neighbour: Option<Arc<Neighbour>>,
 }
 
 /// Pieces that are one's turn to copy: these, but for so many bytes of the first, and so many in all.
@@ -203,7 +219,7 @@ impl CopyWork {
                 None => return Ok(None),
                 slot => slot,
             },
-            Far::Here(_) => None,
+            Far::Here(_) | Far::Gpu(_) => None,
         };
         // The fewer bytes are left, the shorter the turns, so that those who share end together.
         let left = self.list.bytes - cursor.claimed;
@@ -277,32 +293,70 @@ impl CopyWork {
         turn.copy(self.list.op, &copies)
     }
 
-    /// Has the GPU of `context` copy the next pieces that are its own.
+    /// Has the GPU of `context` copy the next pieces that are its own: of this agent, or of one neighbour.
     fn start_batch(&self, cursor: &mut Cursor, context: &Context, streams: &Streams) -> Result<()> {
-        let mut spans = Vec::new();
+        let far = &self.list.pair(&self.list.pieces[cursor.piece]).far;
+        let turn = match far.neighbour() {
+            // Without a slot it is another's turn; whoever drives looks again.
+            Some(neighbour) => match neighbour.slot() {
+                Some(slot) => Some(slot.begin_long()?),
+                None => return Ok(()),
+            },
+            None => None,
+        };
+        let stream = streams.get(context)?;
+        let neighbour = far.neighbour().cloned();
+        let mut batch = self.claim_batch(cursor, context, turn.as_ref(), stream.has_kernel())?;
+        if let Some(turn) = turn {
+            // It is over when nothing is copied any more, whatever becomes of this work.
+            batch.keep(Arc::new(turn));
+        }
+        let copy = stream.start(batch).inspect_err(|_| streams.forget(context))?;
+        cursor.flying.push_back(Flight { copy, neighbour });
+        Ok(())
+    }
+
+    fn claim_batch(
+        &self,
+        cursor: &mut Cursor,
+        context: &Context,
+        turn: Option<&LongTurn>,
+        has_kernel: bool,
+    ) -> Result<Batch> {
+        let left = self.list.pieces.len() - cursor.piece;
+        let mut batch = Batch::with_capacity(left.min(BATCH_PIECES_MAX));
+        // Looked up once for each pair, not for each piece.
+        let mut ends: Vec<Option<Ends>> = Vec::new();
+        ends.resize_with(self.list.pairs.len(), || None);
         // The driver itself copies host memory that is not page-locked, before the call returns.
         let mut left = TURN_BYTES;
         while let Some(piece) = self.list.pieces.get(cursor.piece) {
-            let pair = self.list.pair(piece);
-            let is_its_own = matches!(pair.copier()?, Copier::Gpu(own) if own == *context);
-            if left == 0 || spans.len() == BATCH_PIECES_MAX || !is_its_own {
+            if left == 0 || batch.len() >= BATCH_PIECES_MAX || batch.singles(has_kernel) >= BATCH_SINGLES_MAX
+            {
                 break;
             }
-            let Far::Here(far) = &pair.far else { return Err(mixed()) };
+            let ends = match &mut ends[piece.pair as usize] {
+                Some(ends) => ends,
+                unknown => match Ends::find(self.list.pair(piece), context, turn)? {
+                    Some(found) => unknown.insert(found),
+                    None => break,
+                },
+            };
             let rest = u64::from(piece.len) - cursor.offset;
-            let len = if pair.within_gpus() { rest } else { rest.min(left) };
-            let near = Span::registered(pair.near.range(), piece.local_addr + cursor.offset, len)?;
-            let far = Span::registered(far.range(), piece.remote_addr + cursor.offset, len)?;
-            spans.push(if self.list.op == Op::Write { (far, near) } else { (near, far) });
-            if !pair.within_gpus() {
+            let len = if ends.within_gpus { rest } else { rest.min(left) };
+            let near = ends.near_offset(piece.local_addr + cursor.offset)?;
+            let far = ends.far_offset(piece.remote_addr + cursor.offset)?;
+            match self.list.op {
+                Op::Write => batch.add(&ends.far, far, &ends.near, near, len)?,
+                Op::Read => batch.add(&ends.near, near, &ends.far, far, len)?,
+            }
+            if !ends.within_gpus {
                 left -= len;
             }
             cursor.claimed += len;
             cursor.advance(piece, len);
         }
-        let batch = streams.get(context).and_then(|stream| stream.copy_all(spans));
-        cursor.flying.push_back(batch.inspect_err(|_| streams.forget(context))?);
-        Ok(())
+        Ok(batch)
     }
 
     /// A turn is over.
@@ -330,6 +384,53 @@ impl CopyWork {
     }
 }
 
+/// A pair of regions that a GPU copies: all of both, and where they begin.
+struct Ends {
+    near: Span,
+    near_addr: u64,
+    far: Span,
+    far_addr: u64,
+    within_gpus: bool,
+}
+
+impl Ends {
+    /// `None` if it is not copied in this context, or not in this turn.
+    fn find(pair: &CopyPair, context: &Context, turn: Option<&LongTurn>) -> Result<Option<Self>> {
+        if pair.copier()? != Copier::Gpu(context.clone()) {
+            return Ok(None);
+        }
+        let (far_addr, far) = match (&pair.far, turn) {
+            (Far::Here(far), None) => (far.range().addr(), far.span(context)?),
+            (Far::Gpu(far), Some(turn)) => far.span(turn)?,
+            _ => return Ok(None),
+        };
+        let (near, near_addr) = (pair.near.span(context)?, pair.near.range().addr());
+        Ok(Some(Self { near, near_addr, far, far_addr, within_gpus: pair.within_gpus() }))
+    }
+
+    fn near_offset(&self, addr: u64) -> Result<u64> {
+        addr.checked_sub(self.near_addr).ok_or_else(outside)
+    }
+
+    fn far_offset(&self, addr: u64) -> Result<u64> {
+        addr.checked_sub(self.far_addr).ok_or_else(outside)
+    }
+}
+
+fn outside() -> Error {
+    Error::invalid("a copy begins before its region")
+}
+
+impl Far {
+    /// The neighbour whose GPU memory it is.
+    fn neighbour(&self) -> Option<&Arc<Neighbour>> {
+        match self {
+            Self::Gpu(far) => Some(&far.region.neighbour),
+            Self::Here(_) | Self::There(_) => None,
+        }
+    }
+}
+
 impl Cursor {
     /// Goes on behind `len` bytes of `piece`.
     fn advance(&mut self, piece: &Slice, len: u64) {
@@ -343,12 +444,17 @@ impl Cursor {
     /// Takes in what GPUs have done.
     fn settle(&mut self) {
         while let Some(oldest) = self.flying.front_mut() {
-            match oldest.is_done() {
+            let mut outcome = match oldest.copy.is_done() {
                 Ok(false) => return,
-                Ok(true) => {}
-                Err(e) => self.error = self.error.take().or(Some(e)),
+                over => over.map(drop),
+            };
+            if let Some(neighbour) = &oldest.neighbour {
+                outcome = outcome.and_then(|()| neighbour.check_lives());
             }
             self.flying.pop_front();
+            if let Err(e) = outcome {
+                self.error.get_or_insert(e);
+            }
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::gpu::Shareable;
 use super::host::{BoardEntry, HostInfo};
 use super::serdes::{Reader, Writer, malformed};
 use crate::error::Result;
@@ -253,6 +254,8 @@ pub struct PublicMetadata {
     pub addr: u64,
     /// Its place on the owner's board, where agents of the owner's host may reach it.
     pub board: Option<BoardEntry>,
+    /// How they map it, where it is GPU memory.
+    pub gpu: Option<Shareable>,
 }
 
 impl PublicMetadata {
@@ -265,6 +268,9 @@ impl PublicMetadata {
         writer.field(ADDR_TAG, &self.addr.to_le_bytes());
         if let Some(board) = &self.board {
             writer.field(BoardEntry::TAG, &board.encode());
+        }
+        if let Some(gpu) = &self.gpu {
+            writer.field(Shareable::TAG, &gpu.encode());
         }
         writer.finish()
     }
@@ -280,6 +286,10 @@ impl PublicMetadata {
         let keys = (0..rail_count).map(&mut key).collect::<Result<_>>()?;
         let addr = u64::from_le_bytes(reader.fixed(ADDR_TAG)?);
         let board = reader.optional_field(BoardEntry::TAG)?.map(BoardEntry::decode).transpose()?;
-        Ok(Self { keys, addr, board })
+        let gpu = match reader.optional_field(Shareable::TAG)? {
+            Some(bytes) => Shareable::decode(bytes)?,
+            None => None,
+        };
+        Ok(Self { keys, addr, board, gpu })
     }
 }

@@ -6,6 +6,7 @@
 
 pub mod blob;
 pub mod control;
+pub mod gpu;
 pub mod handshake;
 pub mod host;
 pub mod immediate;
@@ -17,6 +18,7 @@ pub use blob::{
     CONNECTION_INFO_BYTES_MAX, ConnectionInfo, EndpointName, Extension, PublicMetadata, RAILS_MAX,
 };
 pub use control::{Body, ControlMessage, Fragment, FragmentCursor};
+pub use gpu::Shareable;
 pub use handshake::{Handshake, HandshakeExtension};
 pub use host::{BoardEntry, HostInfo};
 pub use immediate::Immediate;

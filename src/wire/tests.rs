@@ -1,3 +1,4 @@
+use proptest::array;
 use proptest::collection::vec;
 use proptest::option::of as option;
 use proptest::prelude::*;
@@ -5,6 +6,7 @@ use proptest::prelude::*;
 use super::serdes::{Reader, Writer};
 use super::*;
 use crate::wire::blob::capability;
+use crate::wire::gpu::{FILES_MAX, HANDLE_BYTES, Handle};
 
 fn endpoint() -> impl Strategy<Value = EndpointName> {
     let len = prop_oneof![4 => 1usize..=56, 1 => 57usize..=256];
@@ -34,6 +36,21 @@ fn host() -> impl Strategy<Value = HostInfo> {
             nonce,
         },
     )
+}
+
+fn shareable() -> impl Strategy<Value = Shareable> {
+    let ipc = array::uniform32(any::<u8>()).prop_map(|half| {
+        let mut handle = [0; HANDLE_BYTES];
+        handle[7..39].copy_from_slice(&half);
+        Handle::Ipc(handle)
+    });
+    let files = vec(any::<(u32, u64)>(), 0..FILES_MAX).prop_map(Handle::Files);
+    (any::<(u64, u64, u64)>(), prop_oneof![ipc, files]).prop_map(|((base, size, id), handle)| Shareable {
+        base,
+        size,
+        id,
+        handle,
+    })
 }
 
 fn board_entry() -> impl Strategy<Value = BoardEntry> {
@@ -71,8 +88,13 @@ proptest! {
     }
 
     #[test]
-    fn metadata_reads_back(keys in vec(option(0..u64::MAX), 0..64), addr: u64, board in option(board_entry())) {
-        let metadata = PublicMetadata { keys, addr, board };
+    fn metadata_reads_back(
+        keys in vec(option(0..u64::MAX), 0..64),
+        addr: u64,
+        board in option(board_entry()),
+        gpu in option(shareable()),
+    ) {
+        let metadata = PublicMetadata { keys, addr, board, gpu };
         let mut blob = metadata.encode();
         blob.extend_from_slice(b"of a later version");
         prop_assert_eq!(PublicMetadata::decode(&blob, metadata.keys.len()).unwrap(), metadata);
@@ -162,13 +184,14 @@ proptest! {
         ext in extension(),
         host in option(host()),
         board in option(board_entry()),
+        gpu in option(shareable()),
         damage in vec((any::<proptest::sample::Index>(), any::<u8>()), 1..4),
         cut: proptest::sample::Index,
     ) {
         let conn = ConnectionInfo { endpoints: names, extension: Some(ext), host }.encode();
         let extension = Some(HandshakeExtension { session: 1, peer_session: 2, answer_wanted: true, retired: [0; 2] });
         let handshake = Handshake { index: 3, name: b"name".to_vec(), conn: Some(conn.clone()), extension };
-        let metadata = PublicMetadata { keys: vec![Some(1), None], addr: 7, board };
+        let metadata = PublicMetadata { keys: vec![Some(1), None], addr: 7, board, gpu };
         for mut bytes in [conn, handshake.encode().unwrap(), metadata.encode()] {
             for (at, value) in &damage {
                 let at = at.index(bytes.len());

@@ -484,7 +484,7 @@ mod tests {
             for (slot_bytes, slots, addr) in edges {
                 let bytes = u64::from(slot_bytes) * u64::from(slots);
                 let usable = slots > 0 && slot_bytes >= SLOT_BYTES_MIN && addr.checked_add(bytes).is_some();
-                let granted = Granted::new(slot_bytes, slots, PublicMetadata { keys: vec![Some(1)], addr, board: None });
+                let granted = Granted::new(slot_bytes, slots, PublicMetadata { keys: vec![Some(1)], addr, board: None, gpu: None });
                 prop_assert_eq!(granted.is_ok(), usable);
                 if let Ok(granted) = granted {
                     prop_assert_eq!(granted.free.len(), usize::from(slots));

@@ -68,6 +68,7 @@ impl Slots {
             keys: self.regions.iter().map(|region| Some(region.key())).collect(),
             addr: self.memory.span().addr(),
             board: None,
+            gpu: None,
         }
     }
 }
