@@ -2,13 +2,13 @@
 
 PLUGINS := target/plugins
 PYTHON  := target/venv/bin/python
-CORE    := loading transfer self same_host notify release memory hostile options peers rails threads metrics
+CORE    := loading transfer self same_host notify release memory hostile options peers rails threads metrics staging
 E2E     := $(PYTHON) -m pytest -p no:cacheprovider
 NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
 # Options for the end-to-end tests, such as ARGS="--plugin stock -k notify".
 ARGS    ?=
 # What runs on EFA devices, and what of it `make test` leaves to `make e2e-efa-all`: what takes long.
-EFA_TESTS := $(patsubst %,plugin-tests/e2e/test_%.py,efa transfer notify release self threads peers memory options)
+EFA_TESTS := $(patsubst %,plugin-tests/e2e/test_%.py,efa transfer notify release self threads peers memory options staging)
 EFA_LONG  := seventy or in_each_phase or failed_operation or test_sizes or both_directions or small_descriptors \
              or (progress-off and (unequal_hosts or random_lists or repost or in_flight or first_operation))
 
@@ -69,6 +69,7 @@ softefa: ## build the software EFA device, see plugin-tests/softefa/README.md
 # With libfabric's own shared memory left on, as it is where nobody turned it off; `make e2e-efa-all` runs without.
 e2e-efa: setup plugin softefa ## the heart of the end-to-end tests on software EFA devices, both fabrics of the provider
 	$(E2E) -q --network=efa --shm -k "not ($(EFA_LONG))" plugin-tests/e2e/test_efa.py plugin-tests/e2e/test_transfer.py
+	$(E2E) -q --network=efa -k "both_ways or killed_peer and -met-READ" plugin-tests/e2e/test_staging.py
 	$(E2E) -q plugin-tests/e2e/test_doctor.py
 	$(E2E) -q --network=efa-direct -k "(done_means or silent or random_lists) and progress-on" plugin-tests/e2e/test_efa.py plugin-tests/e2e/test_transfer.py
 	$(E2E) -q --network=efa --topology=p4d.24xlarge -k "become or (done_means or memory_is_only or device_that) and progress-on" plugin-tests/e2e/test_efa.py

@@ -67,7 +67,7 @@ enum {
 };
 #endif
 
-enum { DEVICES_MAX = 8, STACK_MAX = 32, PIECES_MAX = 4096, OPS_MAX = 256, LOG_BYTES_MAX = 1 << 20, PAGE = 4096 };
+enum { DEVICES_MAX = 8, STACK_MAX = 32, PIECES_MAX = 4096, OPS_MAX = 4096, LOG_BYTES_MAX = 1 << 20, PAGE = 4096 };
 
 // Kinds of memory, as tests/cuda_bed/mod.rs numbers them.
 enum kind { DEVICE, IMPORTED, ASYNC, VMM, MANAGED, HOST, VMM_ON_HOST };

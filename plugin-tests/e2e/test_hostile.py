@@ -192,12 +192,14 @@ PIECES = [
 ]
 REGION = blob(field(b"key_0", b"\xff" * 8), field(b"addr", b"\xff" * 8))
 STAGING = [
-    *[staging(what, body) for what in (0, 1, 5, 255) for body in (b"", bytes(4), b"\xff" * 4000)],
+    *[staging(what, body) for what in (0, 1, 6, 255) for body in (b"", bytes(4), b"\xff" * 4000)],
     *[staging(2, struct.pack("<IH", size, slots) + region) for size in (0, 1, 4095, 4096, ALL_ONES) for slots in (0, 1, 0xFFFF) for region in (b"", REGION)],
     *[staging(3, struct.pack("<QQIHB", ticket, address, size, slot, into))
       for ticket in (0, EDGES_64[-1]) for address in EDGES_64 for size in (0, 1, ALL_ONES) for slot in (0, 0xFFFF) for into in (0, 1, 255)],
     *[staging(4, struct.pack("<Q", ticket) + text) for ticket in EDGES_64 for text in (b"", b"\xff\0 not text", bytes(8000))],
-    *[staging(what, bytes(size)) for what in (2, 3, 4) for size in (0, 1, 5, 22)],
+    *[staging(5, struct.pack("<QHBx", ticket, slot, 1) + struct.pack("<QI", address, size) * count)
+      for ticket in (0, EDGES_64[-1]) for slot in (0, 0xFFFF) for address in EDGES_64 for size in (0, 1, ALL_ONES) for count in (0, 1, 64, 65, 600)],
+    *[staging(what, bytes(size)) for what in (2, 3, 4, 5) for size in (0, 1, 5, 22)],
 ]
 
 

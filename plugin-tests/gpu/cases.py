@@ -18,6 +18,7 @@ import numpy as np
 
 import checks
 import cuda
+import staging
 from checks import GIB, KIB, MIB, case, expect, meet, move, refused, versions, vram_is_listed
 from efa import run_efa
 from kinds import (
@@ -197,37 +198,11 @@ def run_tcp():
     case("tcp: host memory works", host_memory_works)
 
 
-def wire_speed(a, b, kind):
-    """GB/s of a 64 MiB transfer each way, memory of one kind on both sides."""
-    size = 64 * MIB
-    segment = cuda.Block.KINDS[kind]
-    here, there = a.allocate(kind, size), b.allocate(kind, size)
-    a.register(here, size)
-    b.register(there, size)
-    meet(a, b)
-    rates = []
-    for operation in ("WRITE", "READ"):
-        handle = a.prepare(operation, ([(here, size, 0)], segment), ([(there, size, 0)], segment), b.name)
-        a.run(handle)
-        rates.append(size / min(a.run(handle) for _ in range(7)) / 1e9)
-        del handle
-    a.free(here)
-    b.free(there)
-    return rates
-
-
 def run_staging():
     cuda.runtime("cudaFree", None)
     versions()
     params = {"vram_staging": "true"}
     a, far = Node("here", params), Remote("there", params)
-
-    def speed_of_staging():
-        host, staged = wire_speed(a, far, "pinned"), wire_speed(a, far, "cudaMalloc")
-        ratios = [there / here for here, there in zip(host, staged)]
-        expect(min(ratios) >= 0.8, f"WRITE, READ in GB/s: host memory {host}, VRAM {staged}")
-        words = (f"{what} {v:.2f} GB/s, {r:.2f} of host memory's" for what, v, r in zip(("WRITE", "READ"), staged, ratios))
-        return ", ".join(words)
 
     case("staging: memory kinds list VRAM", vram_is_listed, a)
     case("staging: an agent with itself", matrix, a, a)
@@ -239,7 +214,10 @@ def run_staging():
     case("staging: current device and context stay", current_stays, a, a)
     if cuda.device_count() > 1:
         case("staging: two GPUs", matrix, a, far, (0, 1))
-    case("staging: speed over tcp", speed_of_staging)
+    case("staging: rates beside page-locked host memory", staging.beside_host_memory, a, far)
+    case("staging: 8 requests of 63 MiB at once", staging.at_once, a, far)
+    case("staging: the first transfer with a peer", staging.first_transfers, a, params)
+    case("staging: a peer that is killed", staging.deaths, a, params)
     far.close()
 
 

@@ -228,6 +228,10 @@ impl Shared {
         };
         let released = peer.on_hello(hello)?;
         self.release(released, next);
+        if peer.stages_vram() {
+            // It may have forgotten what it has lent.
+            self.mail.set_busy(true);
+        }
         Ok(())
     }
 

@@ -11,14 +11,14 @@ use crate::wire::{PublicMetadata, Staging as Message};
 /// Messages taken in and not looked at.
 const MAIL_MAX: usize = 65_536;
 
-/// A peer's wish to copy.
-#[derive(Debug, Clone, Copy)]
+/// A peer's wish to copy between slots and ranges of GPU memory.
+#[derive(Debug, Clone)]
 pub(super) struct Wish {
     pub ticket: u64,
     pub slot: u16,
     pub into_memory: bool,
-    pub addr: u64,
-    pub len: u32,
+    /// Address and bytes of each, at most [`COPY_RANGES_MAX`](crate::wire::staging::COPY_RANGES_MAX).
+    pub ranges: Vec<(u64, u32)>,
 }
 
 /// A message of a peer.
@@ -44,14 +44,17 @@ impl Mail {
             Message::Ask => Note::Ask,
             Message::Lend { slot_bytes, slots, region } => {
                 let region = if slots == 0 {
-                    PublicMetadata { keys: Vec::new(), addr: 0, board: None, gpu: None }
+                    PublicMetadata::new(Vec::new(), 0)
                 } else {
                     PublicMetadata::decode(region, peer.endpoint_count())?
                 };
                 Note::Lend { slot_bytes, slots, region }
             }
             Message::Copy { ticket, slot, into_memory, addr, len } => {
-                Note::Copy(Wish { ticket, slot, into_memory, addr, len })
+                Note::Copy(Wish { ticket, slot, into_memory, ranges: vec![(addr, len)] })
+            }
+            Message::CopyRanges { ticket, slot, into_memory, ranges } => {
+                Note::Copy(Wish { ticket, slot, into_memory, ranges: ranges.iter().collect() })
             }
             Message::Copied { ticket, error } => {
                 let text = String::from_utf8_lossy(error).into_owned();

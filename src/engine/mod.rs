@@ -183,7 +183,7 @@ impl Engine {
         }
         let registration = Arc::new(registration);
         if registration.is_staged() {
-            self.works.staging.add_region(&registration)?;
+            self.works.staging.add_region(&registration, &self.works.shared)?;
         }
         registered.retain(|_, known| known.strong_count() > 0);
         registered.insert(key, Arc::downgrade(&registration));
@@ -281,7 +281,11 @@ impl Engine {
         let metadata = PublicMetadata::decode(public_data, peer.endpoint_count())
             .map_err(|e| e.context(format_args!("metadata of a region of {agent}")))?;
         let (id, stages) = (peer.id(), peer.stages_vram());
-        Ok(Arc::new(Metadata::Remote(RemoteRegion::new(desc, kind, agent.clone(), id, stages, metadata))))
+        let region = RemoteRegion::new(desc, kind, agent.clone(), id, stages, metadata);
+        if region.is_staged() {
+            self.works.staging.meet(&peer, &self.works.shared);
+        }
+        Ok(Arc::new(Metadata::Remote(region)))
     }
 
     /// Metadata with which the agent can be its own target.

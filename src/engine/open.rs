@@ -49,9 +49,11 @@ pub(super) fn open(
         let rails = open_rails(&library, &mut found, &config, use_wait_fd)?;
         Ok::<_, Error>((found, rails))
     })?;
-    let vram = Vram::find(&rails, &found, config.vram_staging, config.same_host != SameHost::Off);
+    let lends = config.same_host != SameHost::Off;
+    let vram = Vram::find(&rails, &found, config.vram_staging, lends, &init.local_agent);
     let placement = Placement::new(rails.iter().map(|rail| (rail.id(), rail.device())), &config)?;
     let mut extension = Extension::ours(incarnation(), MESSAGE_BYTES_MAX as u32, config.notif_bytes_max);
+    extension.capabilities |= capability::STAGED_RANGES;
     if vram.is_staged() {
         extension.capabilities |= capability::STAGED_VRAM;
     }

@@ -16,7 +16,7 @@ use crate::fabric::{Dmabuf, Hmem, MemoryRange, RegisteredBuffer, Version, next_k
 use crate::memory::{Memory, Registration};
 use crate::rail::Rail;
 use crate::sys::cudart::Cudart;
-use crate::types::{Desc, MemKind, PciAddress, RailId};
+use crate::types::{AgentName, Desc, MemKind, PciAddress, RailId};
 
 /// The libfabric API that takes a dmabuf (`FI_MR_DMABUF`, `fi_mr(3)`).
 const DMABUF_API: Version = Version::new(1, 20);
@@ -33,8 +33,13 @@ enum Way {
     Unordered,
 }
 
+/// What an operator does where the provider cannot take GPU memory.
+const STAGING_HELP: &str = "set vram_staging=true (in the environment: NIXL_LIBFABRIC_VRAM_STAGING=true) for each agent \
+                            whose GPU memory is to be reached, or copy it to host memory";
+
 /// What the engine does with accelerator memory.
 pub(super) struct Vram {
+    agent: AgentName,
     /// Whose memory it is, or why there is none to register.
     runtime: Result<Runtime>,
     /// No rail reaches it: it moves by way of host memory, as the user wants.
@@ -75,19 +80,32 @@ pub(super) fn lead_to_cudart() {
 impl Vram {
     /// Finds out what can be done on these rails.
     /// Agents of this host may map it if it `lends`.
-    pub fn find(rails: &[Arc<Rail>], found: &Found, staging: bool, lends: bool) -> Self {
-        let runtime = usable_runtime(rails, found);
-        let cuda = if staging && Runtime::is_likely() { Cuda::get().ok() } else { None };
-        let staged = cuda.filter(|_| runtime.is_err());
-        match (&runtime, staged) {
-            (Ok(runtime), _) => log::debug!("VRAM is {}", describe_runtime(*runtime)),
-            (Err(why), Some(_)) => log::info!("VRAM moves through host memory (vram_staging): {why}"),
-            (Err(why), None) if wants_cudart() => log::warn!("no VRAM: {why}"),
-            (Err(why), None) => log::debug!("no VRAM: {why}"),
+    pub fn find(rails: &[Arc<Rail>], found: &Found, staging: bool, lends: bool, agent: &AgentName) -> Self {
+        let mut runtime = usable_runtime(rails, found);
+        let cuda = if Runtime::is_likely() { Cuda::get().ok() } else { None };
+        let staged = cuda.filter(|_| staging && runtime.is_err());
+        if cuda.is_some() && staged.is_none() {
+            runtime = runtime.map_err(|why| Error::new(why.status(), format!("{why}; {STAGING_HELP}")));
         }
-        let (told, context) = (Mutex::default(), OnceLock::new());
-        let vram =
-            Self { runtime, staged, by_nic: !found.software, lends, own: OnceLock::new(), told, context };
+        match (&runtime, staged) {
+            (Ok(runtime), _) => log::debug!("agent {agent}: VRAM is {}", describe_runtime(*runtime)),
+            (Err(why), Some(_)) => {
+                log::info!("agent {agent}: VRAM moves through host memory (vram_staging), because {why}");
+            }
+            (Err(why), None) if wants_cudart() => log::warn!("agent {agent}: no VRAM: {why}"),
+            (Err(why), None) => log::debug!("agent {agent}: no VRAM: {why}"),
+        }
+        let (agent, told, context) = (agent.clone(), Mutex::default(), OnceLock::new());
+        let vram = Self {
+            agent,
+            runtime,
+            staged,
+            by_nic: !found.software,
+            lends,
+            own: OnceLock::new(),
+            told,
+            context,
+        };
         // shm page-locks its peers' memory by CUDA as soon as it meets them.
         if let (Ok(Runtime::Cuda(cuda)), false) = (&vram.runtime, vram.by_nic)
             && let Some(context) = cuda.any_active_context()
@@ -216,8 +234,9 @@ impl Vram {
         }
         if !self.by_nic && !in_sync && self.is_news(&memory, Way::Unordered) {
             log::warn!(
-                "CUDA {}: CUDA does not let the provider wait for its copies of {}, so a transfer may be done before its last \
+                "agent {}: CUDA {}: CUDA does not let the provider wait for its copies of {}, so a transfer may be done before its last \
                  copy is; allocate with cudaMalloc where that matters",
+                self.agent,
                 device.ordinal,
                 allocation.kind
             );
@@ -328,7 +347,11 @@ impl Vram {
     fn tell(&self, memory: &Memory, way: Way, words: &str) {
         let (Hmem::Cuda { device, .. } | Hmem::Neuron { device }) = memory.hmem else { return };
         if self.is_news(memory, way) {
-            log::info!("memory of {} {device} is registered {words}", hmem_name(memory.hmem));
+            log::info!(
+                "agent {}: memory of {} {device} is registered {words}",
+                self.agent,
+                hmem_name(memory.hmem)
+            );
         }
     }
 
@@ -359,7 +382,7 @@ fn usable_runtime(rails: &[Arc<Rail>], found: &Found) -> Result<Runtime> {
     }
     if let Some(rail) = rails.iter().find(|rail| !rail.device().has_hmem()) {
         return Err(Error::not_supported(format!(
-            "provider {} on {} cannot register accelerator memory (FI_HMEM){}; set vram_staging, or copy it to host memory",
+            "provider {} on {} cannot register accelerator memory (FI_HMEM){}",
             rail.device().provider(),
             names(&found.devices),
             cudart_hint(),
@@ -369,7 +392,7 @@ fn usable_runtime(rails: &[Arc<Rail>], found: &Found) -> Result<Runtime> {
     if let Some(rail) = rails.iter().find(|rail| !rail.reaches_gpus()) {
         return Err(Error::not_supported(format!(
             "the NIC {} cannot reach GPU memory: its kernel takes neither a dmabuf of it nor its address (nvidia_peermem); \
-             libfabric would copy it piece by piece. Set vram_staging, or copy it to host memory",
+             libfabric would copy it piece by piece",
             rail.device().domain_name()
         )));
     }

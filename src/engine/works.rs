@@ -81,7 +81,10 @@ impl Works {
                     self.shared.counts.as_ref().inspect(|counts| counts.undrained());
                 }
                 let left = self.shared.local.rails.iter().filter(|rail| !rail.is_idle()).count();
-                log::warn!("the backend is destroyed with operations in flight on {left} rails");
+                let agent = &self.shared.local.name;
+                log::warn!(
+                    "agent {agent}: the backend is destroyed with operations in flight on {left} rails"
+                );
                 return;
             }
             std::thread::sleep(Duration::from_micros(50));

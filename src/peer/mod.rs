@@ -134,6 +134,11 @@ struct State {
 }
 
 impl State {
+    /// Why no message should be sent.
+    fn trouble(&self) -> Option<Error> {
+        self.gone.as_ref().or(self.suspect.as_ref()).cloned()
+    }
+
     fn lock_stock_ids(&self) -> MutexGuard<'_, StockIds> {
         self.stock_ids.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -341,6 +346,16 @@ impl Peer {
         }
     }
 
+    /// Whether copies that staging asks it for may have many ranges and take several slots.
+    pub fn stages_ranges(&self) -> bool {
+        self.extension().is_some_and(Extension::stages_ranges)
+    }
+
+    /// Its number for the connection, 0 until it has told. Another one says that it has forgotten what belonged to the last.
+    pub fn session(&self) -> u64 {
+        self.session_now.load(Ordering::Acquire)
+    }
+
     /// Whether the handshake is over.
     pub fn is_ready(&self) -> bool {
         self.lock().link.ready().is_some()
@@ -359,6 +374,11 @@ impl Peer {
     /// Fails if the peer was removed.
     pub fn check(&self) -> Result<()> {
         self.lock().gone.clone().map_or(Ok(()), Err)
+    }
+
+    /// Fails if the peer was removed, or if a message to it could not be sent since it was last greeted.
+    pub fn check_reach(&self) -> Result<()> {
+        self.lock().trouble().map_or(Ok(()), Err)
     }
 
     /// Says hello, unless that was done and nothing has failed since.
@@ -455,8 +475,8 @@ impl Peer {
     /// Sends a control message, unless the handshake is not over: then `false`. It may be lost, but comes at most once.
     pub fn say(self: &Arc<Self>, body: Body<'_>) -> Result<bool> {
         let state = self.lock();
-        if let Some(error) = state.gone.as_ref().or(state.suspect.as_ref()) {
-            return Err(error.clone());
+        if let Some(error) = state.trouble() {
+            return Err(error);
         }
         let ready = state.link.ready().is_some();
         if ready {
@@ -567,7 +587,8 @@ impl Peer {
         (true, Released::default())
     }
 
-    fn no_answer(&self) -> Error {
+    /// What is said of a peer that does not answer the handshake in time.
+    pub fn no_answer(&self) -> Error {
         // Nothing in the connection info tells NIXL 1.0 to 1.3 from later ones. They drop our hello.
         let older = if self.extension().is_none() {
             "It runs NIXL's C++ plugin. If that is of NIXL 1.0 to 1.3, whose wire is another (no handshake): upgrade it to \

@@ -194,6 +194,6 @@ impl Peer {
 
     /// Whether what a message says of its session is of the connection as it is now.
     pub fn is_current(&self, session: u64) -> bool {
-        self.session_now.load(Ordering::Acquire) == session
+        self.session() == session
     }
 }

@@ -21,6 +21,9 @@ const RECONNECT_TIMEOUT: Duration = Duration::from_millis(500);
 /// each time, so that a peer that only stands still finds few of them when it goes on.
 const PROBE_DELAY: Duration = Duration::from_millis(200);
 
+/// How long a refusal is good for: everything that waits for a dead peer fails at once, and not one after the other.
+const REFUSAL_HOLDS: Duration = Duration::from_millis(200);
+
 /// Addresses kept on a rail; beyond that the longest unused is removed.
 const ADDRESSES_MAX: usize = 32_768;
 
@@ -91,11 +94,12 @@ impl Entry {
         if elapsed < limit {
             return None;
         }
-        let what = if self.lost { "its connection broke, and it" } else { "it" };
-        Some(Error::disconnected(format!(
-            "{what} accepted nothing for {} ms (connect_timeout_ms); is it alive, and can its address be reached?",
-            limit.as_millis()
-        )))
+        let what = if self.lost && limit == RECONNECT_TIMEOUT {
+            format!("its connection broke, and it accepted no new one for {} ms", limit.as_millis())
+        } else {
+            format!("it accepted nothing for {} ms (connect_timeout_ms)", limit.as_millis())
+        };
+        Some(Error::disconnected(format!("{what}; is it alive, and can its address be reached?")))
     }
 }
 
@@ -106,32 +110,44 @@ struct Listener {
     probe: Option<Probe>,
     /// How long the peer takes nothing before the next probe.
     next: Duration,
+    /// After how long it refused. That holds for a while, for everything that waits for it.
+    refused: Option<Duration>,
 }
 
 impl Listener {
     fn new(address: SocketAddr) -> Self {
-        Self { address, probe: None, next: PROBE_DELAY }
+        Self { address, probe: None, next: PROBE_DELAY, refused: None }
     }
 
     /// Whether it refuses connections, for all that is known after the peer took nothing for so long.
     fn refuses(&mut self, elapsed: Duration) -> bool {
         if elapsed < PROBE_DELAY {
-            (self.probe, self.next) = (None, PROBE_DELAY);
+            *self = Self::new(self.address);
             return false;
         }
-        if self.probe.as_ref().is_some_and(Probe::refused) {
-            self.probe = None;
+        if self.refused.is_some_and(|at| elapsed < at + REFUSAL_HOLDS) {
             return true;
         }
-        if elapsed < self.next {
-            return false;
+        let refuses = match self.probe.take_if(|probe| probe.refused()) {
+            Some(_) => true,
+            None if elapsed < self.next => false,
+            None => {
+                self.next = elapsed * 2;
+                match Probe::start(self.address) {
+                    Ok(probe) => {
+                        self.probe = Some(probe);
+                        false
+                    }
+                    Err(e) => tcp::is_refusal(Some(&e)),
+                }
+            }
+        };
+        self.refused = refuses.then_some(elapsed);
+        if refuses {
+            // It may be started anew at this address.
+            self.next = elapsed + REFUSAL_HOLDS;
         }
-        self.next = elapsed * 2;
-        match Probe::start(self.address) {
-            Ok(probe) => self.probe = Some(probe),
-            Err(e) => return tcp::is_refusal(Some(&e)),
-        }
-        false
+        refuses
     }
 }
 
@@ -232,5 +248,29 @@ impl Destinations {
         if let Err(e) = endpoint.remove_address(entry.addr) {
             log::warn!("an unused address could not be removed from the address vector: {e}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, TcpListener};
+
+    use super::*;
+
+    #[test]
+    fn everything_that_waits_for_a_dead_peer_hears_of_it_at_once() {
+        let somebody = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let mut listener = Listener::new(somebody.local_addr().unwrap());
+        assert!(!listener.refuses(PROBE_DELAY));
+        drop(somebody);
+        // The first one may have to wait for the answer to a new probe.
+        let mut elapsed = PROBE_DELAY;
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while !listener.refuses(elapsed) {
+            assert!(Instant::now() < deadline, "{listener:?}");
+            elapsed += PROBE_DELAY;
+        }
+        assert!((0..10).all(|_| listener.refuses(elapsed)), "others that wait");
+        assert!(!listener.refuses(Duration::ZERO), "it took something");
     }
 }

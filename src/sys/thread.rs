@@ -17,10 +17,10 @@ const OF_THE_THREAD: [i32; 7] =
 
 /// Starts a named thread in which every signal is blocked that can be handled elsewhere: the host's handlers run on the host's
 /// threads.
-pub fn spawn_without_signals(
+pub fn spawn_without_signals<T: Send + 'static>(
     name: String,
-    body: impl FnOnce() + Send + 'static,
-) -> io::Result<JoinHandle<()>> {
+    body: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
     // SAFETY: an all-zero sigset_t is a valid value of this plain C type.
     let (mut blocked, mut before) = unsafe { (std::mem::zeroed::<libc::sigset_t>(), std::mem::zeroed()) };
     // SAFETY: the pointers describe locals. The mask is inherited by the thread started below and restored

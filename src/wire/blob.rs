@@ -5,6 +5,7 @@ use std::fmt;
 use super::gpu::Shareable;
 use super::host::{BoardEntry, HostInfo};
 use super::serdes::{Reader, Writer, malformed};
+use super::staging::COPY_BYTES_MAX;
 use crate::error::Result;
 
 /// Most rails that an agent can have.
@@ -92,6 +93,8 @@ pub mod capability {
     pub const WIRE_V2: u32 = 1 << 0;
     /// The agent's VRAM is reached through its host memory, by staging messages.
     pub const STAGED_VRAM: u32 = 1 << 1;
+    /// The agent knows the staging message for copies of many ranges, and that a copy may take several slots.
+    pub const STAGED_RANGES: u32 = 1 << 2;
 }
 
 impl Extension {
@@ -107,6 +110,13 @@ impl Extension {
     /// Whether the agent's VRAM is reached through its host memory.
     pub fn stages_vram(&self) -> bool {
         self.speaks_v2() && self.capabilities & capability::STAGED_VRAM != 0
+    }
+
+    /// Whether copies for staging may have many ranges and take several slots.
+    pub fn stages_ranges(&self) -> bool {
+        self.speaks_v2()
+            && self.capabilities & capability::STAGED_RANGES != 0
+            && self.control_bytes_max >= COPY_BYTES_MAX
     }
 
     /// Whether the agent reads the version 2 wire.
@@ -259,6 +269,11 @@ pub struct PublicMetadata {
 }
 
 impl PublicMetadata {
+    /// Of a buffer that nothing but rails reaches.
+    pub fn new(keys: Vec<Option<u64>>, addr: u64) -> Self {
+        Self { keys, addr, board: None, gpu: None }
+    }
+
     /// The blob.
     pub fn encode(&self) -> Vec<u8> {
         let mut writer = Writer::new();

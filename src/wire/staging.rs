@@ -9,6 +9,14 @@ const ASK: u8 = 1;
 const LEND: u8 = 2;
 const COPY: u8 = 3;
 const COPIED: u8 = 4;
+const COPY_RANGES: u8 = 5;
+
+/// Most ranges of one copy.
+pub const COPY_RANGES_MAX: usize = 64;
+/// Bytes of an agent's longest message about a copy: the header of control messages, its own fields, the ranges.
+pub const COPY_BYTES_MAX: u32 = 12 + 16 + (COPY_RANGES_MAX * RANGE_BYTES) as u32;
+/// u64 address, u32 length.
+const RANGE_BYTES: usize = 12;
 
 /// Longest error text, in bytes; what is longer is cut.
 const TEXT_BYTES_MAX: usize = 1024;
@@ -40,6 +48,18 @@ pub enum Staging<'a> {
         /// Bytes.
         len: u32,
     },
+    /// The same with many ranges of GPU memory, which lie one behind the other from the beginning of the slot on, over
+    /// as many slots as it takes. For agents that say so ([`STAGED_RANGES`](super::blob::capability::STAGED_RANGES)).
+    CopyRanges {
+        /// The sender's number for it, which comes back.
+        ticket: u64,
+        /// The first slot.
+        slot: u16,
+        /// From the slots into GPU memory; else the other way.
+        into_memory: bool,
+        /// Between 1 and [`COPY_RANGES_MAX`].
+        ranges: Ranges<'a>,
+    },
     /// A copy is over.
     Copied {
         /// Its number.
@@ -47,6 +67,36 @@ pub enum Staging<'a> {
         /// Why it failed, as text; empty if it did not.
         error: &'a [u8],
     },
+}
+
+/// Ranges of memory, as they stand in a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ranges<'a>(&'a [u8]);
+
+impl<'a> Ranges<'a> {
+    fn decode(bytes: &'a [u8]) -> Option<Self> {
+        let count = bytes.len() / RANGE_BYTES;
+        ((1..=COPY_RANGES_MAX).contains(&count) && bytes.len() % RANGE_BYTES == 0).then_some(Self(bytes))
+    }
+
+    /// Clears `bytes` and writes ranges of memory into it, [`COPY_RANGES_MAX`] at most, for a message.
+    pub fn encode(ranges: impl Iterator<Item = (u64, u32)>, bytes: &'a mut Vec<u8>) -> Self {
+        bytes.clear();
+        for (addr, len) in ranges.take(COPY_RANGES_MAX) {
+            bytes.extend_from_slice(&addr.to_le_bytes());
+            bytes.extend_from_slice(&len.to_le_bytes());
+        }
+        Self(bytes)
+    }
+
+    /// Address and bytes of each.
+    pub fn iter(self) -> impl Iterator<Item = (u64, u32)> + 'a {
+        let mut rest = Bytes(self.0);
+        std::iter::from_fn(move || {
+            let addr = u64::from_le_bytes(rest.take()?);
+            Some((addr, u32::from_le_bytes(rest.take()?)))
+        })
+    }
 }
 
 impl<'a> Staging<'a> {
@@ -57,6 +107,7 @@ impl<'a> Staging<'a> {
             ASK => Some(Self::Ask),
             LEND => Self::decode_lend(input),
             COPY => Self::decode_copy(input),
+            COPY_RANGES => Self::decode_copy_ranges(input),
             COPIED => {
                 input.take().map(|ticket| Self::Copied { ticket: u64::from_le_bytes(ticket), error: input.0 })
             }
@@ -81,11 +132,20 @@ impl<'a> Staging<'a> {
         })
     }
 
+    fn decode_copy_ranges(input: &mut Bytes<'a>) -> Option<Self> {
+        let ticket = u64::from_le_bytes(input.take()?);
+        let slot = u16::from_le_bytes(input.take()?);
+        let [into_memory, _] = input.take()?;
+        let ranges = Ranges::decode(input.0)?;
+        Some(Self::CopyRanges { ticket, slot, into_memory: into_memory != 0, ranges })
+    }
+
     pub(super) fn encode_into(&self, out: &mut Vec<u8>) {
         let kind = match self {
             Self::Ask => ASK,
             Self::Lend { .. } => LEND,
             Self::Copy { .. } => COPY,
+            Self::CopyRanges { .. } => COPY_RANGES,
             Self::Copied { .. } => COPIED,
         };
         out.extend_from_slice(&[kind, 0, 0, 0]);
@@ -102,6 +162,12 @@ impl<'a> Staging<'a> {
                 out.extend_from_slice(&len.to_le_bytes());
                 out.extend_from_slice(&slot.to_le_bytes());
                 out.push(into_memory.into());
+            }
+            Self::CopyRanges { ticket, slot, into_memory, ranges } => {
+                out.extend_from_slice(&ticket.to_le_bytes());
+                out.extend_from_slice(&slot.to_le_bytes());
+                out.extend_from_slice(&[into_memory.into(), 0]);
+                out.extend_from_slice(ranges.0);
             }
             Self::Copied { ticket, error } => {
                 out.extend_from_slice(&ticket.to_le_bytes());
@@ -134,16 +200,30 @@ mod tests {
             (ticket, addr, len) in any::<(u64, u64, u32)>(),
             (slot, into_memory) in any::<(u16, bool)>(),
             text in vec(any::<u8>(), 0..200),
+            ranges in vec(any::<(u64, u32)>(), 1..=COPY_RANGES_MAX),
         ) {
             round_trip(Staging::Ask);
             round_trip(Staging::Lend { slot_bytes: len, slots: slot, region: &text });
             round_trip(Staging::Copy { ticket, slot, into_memory, addr, len });
             round_trip(Staging::Copied { ticket, error: &text });
+            let mut bytes = Vec::new();
+            let encoded = Ranges::encode(ranges.iter().copied(), &mut bytes);
+            prop_assert_eq!(encoded.iter().collect::<Vec<_>>(), ranges);
+            round_trip(Staging::CopyRanges { ticket, slot, into_memory, ranges: encoded });
         }
 
         #[test]
         fn any_bytes_are_read_or_refused(bytes in vec(any::<u8>(), 0..64)) {
             let _ = Staging::decode(&mut Bytes(&bytes));
+        }
+
+        #[test]
+        fn ranges_in_part_none_or_too_many_are_refused(bytes in vec(any::<u8>(), 0..1000)) {
+            let mut message = vec![COPY_RANGES, 0, 0, 0];
+            message.resize(16, 1);
+            message.extend_from_slice(&bytes);
+            let whole = bytes.len() % RANGE_BYTES == 0 && (1..=COPY_RANGES_MAX).contains(&(bytes.len() / RANGE_BYTES));
+            prop_assert_eq!(Staging::decode(&mut Bytes(&message)).is_ok(), whole);
         }
     }
 }

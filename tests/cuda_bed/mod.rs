@@ -1,6 +1,8 @@
 //! A bed for tests without a GPU: the stand-in driver, one copy of it (so one state) for each [`Bed`].
 #![allow(dead_code)] // Each test crate uses a part.
 
+pub mod stage;
+
 use std::ffi::{CString, c_char, c_int, c_long, c_uint, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -4,69 +4,45 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::slots::{SLOT_BYTES, Slots};
+use super::arena::{Arena, Run};
+use super::lease::{Granted, Lease};
+use super::slots::{Making, SLOT_BYTES, Slots};
 use super::transfer::{Active, Chunk, StagedTransfer, Step};
-use super::{Directions, Staging};
-use crate::cuda::{InFlight, Span};
+use super::{COPIES_PER_TURN, Directions, Staging};
+use crate::cuda::{Context, InFlight, Span};
 use crate::engine::remote::Remote;
 use crate::engine::shared::Shared;
 use crate::error::{Error, Result, Status};
 use crate::fabric::{RmaList, Way};
 use crate::peer::Peer;
-use crate::rail::Rail;
 use crate::transfer::plan::{self, Cutter};
 use crate::transfer::{Part, Transfer};
 use crate::types::{Op, RailId};
+use crate::wire::staging::{COPY_RANGES_MAX, Ranges};
 use crate::wire::{Body, PublicMetadata, Staging as Message};
 
-/// Slots here, shared by all transfers.
-const OWN_SLOTS: u16 = 32;
+/// Slots here, shared by all transfers: 32 MiB.
+const OWN_SLOTS: u16 = 512;
 /// Chunks of one transfer under way.
 const CHUNKS_MAX: usize = 32;
-/// Shortest slot that is taken from a peer, in bytes.
-const SLOT_BYTES_MIN: u32 = 4096;
 
-/// Host memory that a peer has lent.
-struct Lease {
-    peer: Arc<Peer>,
-    /// `None` until the peer has answered.
-    granted: Option<Granted>,
-}
-
-struct Granted {
-    region: PublicMetadata,
-    slot_bytes: u32,
-    slots: u16,
-    free: Vec<u16>,
-}
-
-impl Granted {
-    /// What a peer lends, if anything can be moved through it.
-    fn new(slot_bytes: u32, slots: u16, region: PublicMetadata) -> Result<Self> {
-        if slots == 0 {
-            return Err(Error::backend("no staging memory is left there"));
-        }
-        if slot_bytes < SLOT_BYTES_MIN {
-            return Err(Error::backend(format!(
-                "it lends slots of {slot_bytes} bytes for staging, and {SLOT_BYTES_MIN} are the least"
-            )));
-        }
-        if region.addr.checked_add(u64::from(slots) * u64::from(slot_bytes)).is_none() {
-            return Err(Error::backend(format!(
-                "it lends {slots} slots of {slot_bytes} bytes from {:#x} on, beyond the address space",
-                region.addr
-            )));
-        }
-        Ok(Self { region, slot_bytes, slots, free: (0..slots).rev().collect() })
-    }
+/// Slots of this agent.
+#[derive(Default)]
+enum Own {
+    #[default]
+    None,
+    Making(Making),
+    Ready(Slots, Arena),
 }
 
 /// See the module.
 #[derive(Default)]
 pub struct Client {
-    own: Option<(Slots, Vec<u16>)>,
+    own: Own,
     leases: Vec<Lease>,
     active: Vec<Active>,
+    /// Whose turn it is to begin a chunk.
+    turn: usize,
     /// Chunks of failed transfers that a rail or the peer has not let go of: their slots come back when it does.
     resting: Vec<(Arc<Peer>, Chunk)>,
     /// Copies asked for, with the peer's answer once it has come.
@@ -76,6 +52,7 @@ pub struct Client {
 
 /// What the steps of a chunk need besides the chunk.
 struct Tools<'a> {
+    staging: &'a Staging,
     streams: &'a Directions,
     shared: &'a Shared,
 }
@@ -86,9 +63,12 @@ impl Client {
         self.active.push(Active::new(transfer));
     }
 
-    /// Whether transfers are under way.
-    pub fn is_busy(&self) -> bool {
-        !self.active.is_empty() || !self.resting.is_empty()
+    /// Whether there is something to do that no message tells of. What rests because a peer has not answered waits for that.
+    pub fn is_busy(&self, shared: &Shared) -> bool {
+        !self.active.is_empty()
+            || matches!(self.own, Own::Making(_))
+            || self.resting.iter().any(|(_, chunk)| !matches!(chunk.step, Step::Asked(..)))
+            || self.leases.iter().any(|lease| lease.is_unasked(shared.config.connect_timeout))
     }
 
     /// Whether the GPU here copies.
@@ -97,22 +77,29 @@ impl Client {
         chunks.any(|chunk| matches!(chunk.step, Step::Copying(_)))
     }
 
+    /// Begins to make slots here, unless that was done.
+    pub fn prepare(&mut self, context: &Context, shared: &Shared) -> Result<()> {
+        if matches!(self.own, Own::None) {
+            self.own = Own::Making(Making::start(context, &shared.local.rails, SLOT_BYTES, OWN_SLOTS)?);
+        }
+        Ok(())
+    }
+
+    /// Slots of a peer will be needed.
+    pub fn meet(&mut self, peer: &Arc<Peer>) {
+        if self.lease(peer).is_none() {
+            self.leases.push(Lease::new(Arc::clone(peer)));
+        }
+    }
+
     /// A peer lends slots.
     pub fn on_lend(&mut self, peer: &Arc<Peer>, slot_bytes: u32, slots: u16, region: PublicMetadata) {
-        let Some(lease) = self.leases.iter_mut().find(|lease| Arc::ptr_eq(&lease.peer, peer)) else { return };
-        if lease.granted.is_none() {
-            match Granted::new(slot_bytes, slots, region) {
-                Ok(mut granted) => {
-                    // A peer that is asked again lends the same slots.
-                    let active = self.active.iter().filter(|active| Arc::ptr_eq(&active.transfer.peer, peer));
-                    let resting = self.resting.iter().filter(|(of, _)| Arc::ptr_eq(of, peer));
-                    let held =
-                        active.flat_map(|active| &active.chunks).chain(resting.map(|(_, chunk)| chunk));
-                    let held: Vec<u16> = held.filter_map(|chunk| chunk.remote_slot).collect();
-                    granted.free.retain(|slot| !held.contains(slot));
-                    lease.granted = Some(granted);
-                }
-                Err(why) => self.fail_all(peer, &why.context(peer.name())),
+        let Some(lease) = self.lease(peer) else { return };
+        if let Err(why) = lease.grant(slot_bytes, slots, region) {
+            let why = why.context(peer.name());
+            self.leases.retain(|lease| !lease.is_of(peer));
+            for active in self.active.iter_mut().filter(|active| Arc::ptr_eq(&active.transfer.peer, peer)) {
+                active.error.get_or_insert_with(|| why.clone());
             }
         }
     }
@@ -125,21 +112,89 @@ impl Client {
             *answer = Some(error.map_or(Ok(()), |text| {
                 Err(Error::backend(format!("{} could not copy: {text}", peer.name())))
             }));
+            if let Some(lease) = self.lease(peer) {
+                lease.heard();
+            }
         }
     }
 
-    fn fail_all(&mut self, peer: &Arc<Peer>, error: &Error) {
-        self.leases.retain(|lease| !Arc::ptr_eq(&lease.peer, peer));
-        for active in self.active.iter_mut().filter(|active| Arc::ptr_eq(&active.transfer.peer, peer)) {
-            active.error.get_or_insert_with(|| error.clone());
-        }
+    fn lease(&mut self, peer: &Arc<Peer>) -> Option<&mut Lease> {
+        self.leases.iter_mut().find(|lease| lease.is_of(peer))
     }
 
-    /// Takes every transfer as far as it gets. Returns how many steps were made.
+    fn granted(&mut self, peer: &Arc<Peer>) -> Option<&mut Granted> {
+        self.lease(peer)?.granted()
+    }
+
+    /// Takes every transfer as far as it gets. Returns how much was done.
     pub fn advance(&mut self, staging: &Staging, streams: &Directions, shared: &Shared) -> usize {
+        let tools = Tools { staging, streams, shared };
+        self.void_leases();
+        self.settle_resting();
+        let mut handled = usize::from(self.take_made(shared));
+        for lease in &mut self.leases {
+            // A transfer that needs it hears of an error by itself.
+            handled += usize::from(lease.ask() == Ok(true));
+        }
+        let mut all = std::mem::take(&mut self.active);
+        for active in &mut all {
+            handled += self.advance_one(&tools, active);
+        }
+        handled += self.admit_in_turn(&tools, &mut all);
+        self.look_after_peers(&all);
+        all.retain(|active| {
+            if active.is_over() {
+                active.transfer.finish(active.error.clone(), active.since, shared);
+                handled += 1;
+            }
+            !active.is_over()
+        });
+        self.active = all;
+        handled
+    }
+
+    /// Takes the slots that are made by now.
+    fn take_made(&mut self, shared: &Shared) -> bool {
+        let Own::Making(making) = &mut self.own else { return false };
+        let Some(made) = making.finished() else { return false };
+        self.own = match made {
+            Ok(slots) => {
+                let arena = Arena::new(slots.count(), slots.slot_bytes());
+                Own::Ready(slots, arena)
+            }
+            Err(e) => {
+                log::warn!("agent {}: no staging memory: {e}", shared.local.name);
+                for active in self.active.iter_mut().filter(|active| active.needs_own_slots()) {
+                    active.error.get_or_insert_with(|| e.clone());
+                }
+                Own::None
+            }
+        };
+        true
+    }
+
+    /// Forgets what was lent in a connection that has ended.
+    fn void_leases(&mut self) {
         self.leases.retain(|lease| lease.peer.check().is_ok());
-        let tools = Tools { streams, shared };
-        let mut handled = 0;
+        for lease in self.leases.iter_mut().filter(|lease| lease.is_void()) {
+            let peer = Arc::clone(&lease.peer);
+            *lease = Lease::new(Arc::clone(&peer));
+            let concerned = self.active.iter_mut().filter(|active| Arc::ptr_eq(&active.transfer.peer, &peer));
+            for active in concerned.filter(|active| active.chunks.iter().any(|chunk| chunk.lent.is_some())) {
+                active.error.get_or_insert_with(|| {
+                    Error::disconnected(format!(
+                        "{} has begun a new connection and forgotten what it had lent; post the transfer again",
+                        peer.name()
+                    ))
+                });
+            }
+            // It answers for nothing of before.
+            self.asked.retain(|_, (asked, _)| !Arc::ptr_eq(asked, &peer));
+        }
+    }
+
+    /// Slots come back when nothing can touch them any more.
+    fn settle_resting(&mut self) {
         let asked = &mut self.asked;
         let at_rest = |(peer, chunk): &mut (Arc<Peer>, Chunk)| match &chunk.step {
             Step::Asked(ticket, _) => {
@@ -152,27 +207,15 @@ impl Client {
             }
             // A failed transfer may be given up while it is still in flight.
             Step::Wire(remote) => remote.transfer.is_over(),
-            Step::Copying(_) => true,
+            Step::New | Step::Copying(_) => true,
         };
-        for (peer, chunk) in self.resting.extract_if(.., at_rest).collect::<Vec<_>>() {
-            self.give_back(&peer, &chunk);
+        for (peer, mut chunk) in self.resting.extract_if(.., at_rest).collect::<Vec<_>>() {
+            self.give_back_own(&mut chunk);
+            self.give_back_lent(&peer, &mut chunk);
         }
-        let mut all = std::mem::take(&mut self.active);
-        for active in &mut all {
-            handled += self.advance_one(staging, &tools, active);
-        }
-        all.retain(|active| {
-            if active.is_over() {
-                active.transfer.finish(active.error.clone(), active.since, shared);
-                handled += 1;
-            }
-            !active.is_over()
-        });
-        self.active = all;
-        handled
     }
 
-    fn advance_one(&mut self, staging: &Staging, tools: &Tools<'_>, active: &mut Active) -> usize {
+    fn advance_one(&mut self, tools: &Tools<'_>, active: &mut Active) -> usize {
         let mut handled = 0;
         if active.error.is_none() {
             active.error = if active.transfer.is_stopped() {
@@ -180,68 +223,121 @@ impl Client {
             } else if let Some(late) = tools.shared.config.late(active.since.elapsed()) {
                 Some(late.context(format_args!("transfer with {}", active.transfer.peer.name())))
             } else {
-                active.transfer.peer.check().err()
+                let peer = &active.transfer.peer;
+                let reach = if self.lease(peer).is_some() { peer.check_reach() } else { peer.check() };
+                reach.err()
             };
         }
+        // Copies end in the order in which they began; looking at each costs.
+        let mut copies_wait = false;
         for mut chunk in std::mem::take(&mut active.chunks) {
+            if copies_wait && matches!(chunk.step, Step::Copying(_)) {
+                active.chunks.push(chunk);
+                continue;
+            }
             match self.step(tools, active, &mut chunk) {
-                Ok(None) => active.chunks.push(chunk),
-                Ok(Some(steps)) if chunk.stage <= LAST_STAGE => {
-                    handled += steps;
+                Ok(false) => {
+                    copies_wait |= matches!(chunk.step, Step::Copying(_));
                     active.chunks.push(chunk);
                 }
-                Ok(Some(steps)) => {
-                    handled += steps;
-                    self.give_back(&active.transfer.peer, &chunk);
+                Ok(true) => {
+                    handled += 1;
+                    if chunk.stage <= LAST_STAGE {
+                        active.chunks.push(chunk);
+                    } else {
+                        self.give_back_own(&mut chunk);
+                        self.give_back_lent(&active.transfer.peer, &mut chunk);
+                    }
                 }
                 Err(e) => {
                     handled += 1;
                     active.error.get_or_insert(e);
+                    if matches!(chunk.step, Step::Asked(..)) {
+                        // What the peer may still touch is its own.
+                        self.give_back_own(&mut chunk);
+                    }
                     self.resting.push((Arc::clone(&active.transfer.peer), chunk));
                 }
-            }
-        }
-        while active.error.is_none()
-            && active.chunks.len() < CHUNKS_MAX
-            && active.piece < active.transfer.pieces.len()
-        {
-            match self.admit(staging, tools, active) {
-                Ok(true) => handled += 1,
-                Ok(false) => break,
-                Err(e) => active.error = Some(e),
             }
         }
         handled
     }
 
-    /// Looks whether the chunk's step is over, and begins the next one. `None` if it is not. After an error the chunk
-    /// goes no further.
-    fn step(&mut self, tools: &Tools<'_>, active: &Active, chunk: &mut Chunk) -> Result<Option<usize>> {
+    /// Begins chunks, one of each transfer in turn: a long one holds up no other.
+    fn admit_in_turn(&mut self, tools: &Tools<'_>, all: &mut [Active]) -> usize {
+        let (mut begun, mut without, mut copies) = (0, 0, 0);
+        while without < all.len() && copies < COPIES_PER_TURN {
+            self.turn = (self.turn + 1) % all.len();
+            let active = &mut all[self.turn];
+            without += 1;
+            match self.admit(tools, active) {
+                Ok(0) => {}
+                Ok(pieces) => {
+                    copies += pieces;
+                    begun += 1;
+                    without = 0;
+                }
+                Err(e) => {
+                    active.error.get_or_insert(e);
+                }
+            }
+        }
+        begun
+    }
+
+    /// A peer that dies says nothing: whether one that is needed is still there is found out now and then.
+    fn look_after_peers(&mut self, all: &[Active]) {
+        for lease in &mut self.leases {
+            if all.iter().any(|active| lease.is_of(&active.transfer.peer)) {
+                lease.ask_again();
+            }
+        }
+    }
+
+    /// Looks whether the chunk's step is over, and begins the next one. False if it is not. After an error the chunk goes
+    /// no further.
+    fn step(&mut self, tools: &Tools<'_>, active: &Active, chunk: &mut Chunk) -> Result<bool> {
         let over = match &mut chunk.step {
+            Step::New => true,
             Step::Copying(copy) => copy.is_done()?,
             Step::Asked(ticket, since) => self.answered(tools, active, *ticket, *since)?,
-            Step::Wire(transfer) => {
+            Step::Wire(remote) => {
                 let mut events = Vec::new();
-                let status = transfer.status(tools.shared, &mut events);
+                if let Some(error) = &active.error {
+                    remote.fail(error.clone(), &mut events);
+                }
+                let status = remote.status(tools.shared, &mut events);
                 tools.shared.act(events);
-                status? == Status::Success
+                match (status?, &active.error) {
+                    // The user has no memory in it, and need not wait for rails to let go.
+                    (Status::InProgress, Some(error)) if chunk.own.is_some() => return Err(error.clone()),
+                    (status, _) => status == Status::Success,
+                }
             }
         };
         if !over {
-            return Ok(None);
+            return Ok(false);
         }
         if let Some(error) = &active.error {
             return Err(error.clone());
         }
+        if chunk.stage == WIRE_STAGE {
+            // Nothing reads any more what the data came from.
+            match active.transfer.op {
+                Op::Write => self.give_back_own(chunk),
+                Op::Read => self.give_back_lent(&active.transfer.peer, chunk),
+            }
+        }
         chunk.stage += 1;
         self.begin(tools, &active.transfer, chunk)?;
-        Ok(Some(1))
+        Ok(true)
     }
 
     /// Whether the peer has copied. It may still do so after an error: until it has answered, the slots rest.
     fn answered(&mut self, tools: &Tools<'_>, active: &Active, ticket: u64, since: Instant) -> Result<bool> {
         let peer = &active.transfer.peer;
-        let (_, answer) = self.asked.get_mut(&ticket).ok_or_else(slot_lost)?;
+        let answer = self.asked.get_mut(&ticket).map(|(_, answer)| answer);
+        let answer = answer.ok_or_else(|| active.error.clone().unwrap_or_else(slots_lost))?;
         if let Some(outcome) = answer.take() {
             self.asked.remove(&ticket);
             return outcome.map(|()| true);
@@ -249,14 +345,13 @@ impl Client {
         if let Some(error) = &active.error {
             return Err(error.clone());
         }
-        peer.check()?;
         let limit = tools.shared.config.connect_timeout;
         if since.elapsed() < limit {
             return Ok(false);
         }
         Err(Error::disconnected(format!(
-            "{} did not copy within {} ms (connect_timeout_ms): does its progress thread run, or its application call \
-             NIXL?",
+            "{} did not copy within {} ms (connect_timeout_ms), but takes messages: does its progress thread run, or its \
+             application call NIXL?",
             peer.name(),
             limit.as_millis()
         )))
@@ -267,10 +362,10 @@ impl Client {
         while chunk.stage <= LAST_STAGE {
             // Stage 0 is at the source of the data, the last one at its target.
             let here = (transfer.op == Op::Write) == (chunk.stage == 0);
-            chunk.step = match (chunk.stage, chunk.local_slot, chunk.remote_slot) {
-                (WIRE_STAGE, ..) => Step::Wire(self.launch(tools, transfer, chunk)?),
-                (_, Some(slot), _) if here => Step::Copying(self.copy_here(tools, transfer, chunk, slot)?),
-                (_, _, Some(slot)) if !here => self.ask_for_copy(tools, transfer, chunk, slot)?,
+            chunk.step = match chunk.stage {
+                WIRE_STAGE => Step::Wire(self.launch(tools, transfer, chunk)?),
+                _ if here && chunk.own.is_some() => Step::Copying(self.copy_here(tools, transfer, chunk)?),
+                _ if !here && chunk.lent.is_some() => self.ask_for_copy(transfer, chunk)?,
                 _ => {
                     chunk.stage += 1;
                     continue;
@@ -281,77 +376,89 @@ impl Client {
         Ok(())
     }
 
-    fn copy_here(
-        &self,
-        tools: &Tools<'_>,
-        transfer: &StagedTransfer,
-        chunk: &Chunk,
-        slot: u16,
-    ) -> Result<InFlight> {
-        let piece = &transfer.pieces[chunk.piece];
-        let memory = Span::registered(piece.local.range(), piece.local_addr + chunk.offset, chunk.len)?;
-        let context = piece.local.copy_context()?;
-        let context = context.ok_or_else(|| Error::invalid("the local side is host memory"))?;
-        let own = self.own.as_ref().map(|(own, _)| own.span(slot, chunk.len));
-        let slot = own.ok_or_else(slot_lost)??;
-        tools.streams.copy(&context, chunk.stage == LAST_STAGE, slot, memory)
+    /// Slots here, and where a chunk's begin.
+    fn own_of(&self, chunk: &Chunk) -> Result<(&Slots, u64)> {
+        match (&self.own, &chunk.own) {
+            (Own::Ready(slots, arena), Some(run)) => Ok((slots, arena.offset(run).ok_or_else(slots_lost)?)),
+            _ => Err(slots_lost()),
+        }
     }
 
-    fn ask_for_copy(
-        &mut self,
-        tools: &Tools<'_>,
-        transfer: &StagedTransfer,
-        chunk: &Chunk,
-        slot: u16,
-    ) -> Result<Step> {
+    fn copy_here(&self, tools: &Tools<'_>, transfer: &StagedTransfer, chunk: &Chunk) -> Result<InFlight> {
+        let local = &transfer.pieces[chunk.cut.from.piece].local;
+        let context = local.copy_context()?;
+        let context = context.ok_or_else(|| Error::invalid("the local side is host memory"))?;
+        let (slots, offset) = self.own_of(chunk)?;
+        let pairs = transfer.segments(chunk.cut).map(|segment| {
+            let gpu = Span::registered(local.range(), segment.local_addr, segment.len)?;
+            Ok((slots.span(offset + segment.at, segment.len)?, gpu))
+        });
+        tools.streams.copy(&context, chunk.stage == LAST_STAGE, pairs.collect::<Result<_>>()?)
+    }
+
+    fn ask_for_copy(&mut self, transfer: &StagedTransfer, chunk: &Chunk) -> Result<Step> {
+        let peer = &transfer.peer;
+        let lease = self.leases.iter_mut().find(|lease| lease.is_of(peer)).ok_or_else(slots_lost)?;
         self.tickets += 1;
-        let message = Message::Copy {
-            ticket: self.tickets,
-            slot,
-            into_memory: chunk.stage == LAST_STAGE,
-            addr: transfer.pieces[chunk.piece].remote_addr + chunk.offset,
-            len: chunk.len as u32,
+        let (ticket, into_memory) = (self.tickets, chunk.stage == LAST_STAGE);
+        let run = chunk.lent.as_ref().ok_or_else(slots_lost)?;
+        let granted = lease.granted().filter(|granted| granted.offset(run).is_some());
+        let (takes_ranges, slot) = (granted.ok_or_else(slots_lost)?.takes_ranges(), run.first());
+        let mut ranges =
+            transfer.segments(chunk.cut).map(|segment| (segment.remote_addr, segment.len as u32));
+        let mut bytes = Vec::new();
+        let message = if takes_ranges {
+            Message::CopyRanges { ticket, slot, into_memory, ranges: Ranges::encode(ranges, &mut bytes) }
+        } else {
+            let (addr, len) = ranges.next().ok_or_else(slots_lost)?;
+            Message::Copy { ticket, slot, into_memory, addr, len }
         };
-        if !transfer.peer.say(Body::Staging(message))? {
-            return Err(Error::disconnected(format!("{} is not connected", transfer.peer.name())));
+        if !peer.say(Body::Staging(message))? {
+            return Err(Error::disconnected(format!("{} is not connected", peer.name())));
         }
-        self.asked.insert(self.tickets, (Arc::clone(&transfer.peer), None));
-        tools.shared.kick();
-        Ok(Step::Asked(self.tickets, Instant::now()))
+        lease.heard();
+        self.asked.insert(ticket, (Arc::clone(peer), None));
+        Ok(Step::Asked(ticket, Instant::now()))
     }
 
     /// Puts the chunk on the wire.
-    fn launch(&self, tools: &Tools<'_>, staged: &StagedTransfer, chunk: &Chunk) -> Result<Arc<Remote>> {
-        let piece = &staged.pieces[chunk.piece];
+    fn launch(&mut self, tools: &Tools<'_>, staged: &StagedTransfer, chunk: &Chunk) -> Result<Arc<Remote>> {
+        let piece = &staged.pieces[chunk.cut.from.piece];
         let remote = piece.region()?;
-        let (keys, base, remote_addr) = match chunk.remote_slot {
-            Some(slot) => {
-                let granted = self.granted(&staged.peer).ok_or_else(slot_lost)?;
-                let base = granted.region.addr;
-                let offset = u64::from(slot) * u64::from(granted.slot_bytes);
-                (&granted.region.keys[..], base, base.wrapping_add(offset))
+        // Where the chunk begins, if it lies in slots.
+        let (keys, base, lent_addr) = match &chunk.lent {
+            Some(run) => {
+                let granted = self.granted(&staged.peer).ok_or_else(slots_lost)?;
+                let base = granted.region().addr;
+                (
+                    granted.region().keys.clone(),
+                    base,
+                    Some(base.wrapping_add(granted.offset(run).ok_or_else(slots_lost)?)),
+                )
             }
-            None => (remote.keys(), remote.base(), piece.remote_addr + chunk.offset),
+            None => (remote.keys().to_vec(), remote.base(), None),
         };
-        let own = self.own.as_ref().map(|(slots, _)| slots);
-        let (rails, local_addr, registrations) = match chunk.local_slot {
-            Some(slot) => {
-                let own = own.ok_or_else(slot_lost)?;
-                (own.rails(), own.addr(slot), Vec::new())
-            }
-            None => (piece.local.rails(), piece.local_addr + chunk.offset, vec![Arc::clone(&piece.local)]),
+        let own = chunk.own.as_ref().map(|_| self.own_of(chunk)).transpose()?;
+        let (rails, registrations) = match own {
+            Some((slots, _)) => (slots.rails(), Vec::new()),
+            None => (piece.local.rails(), vec![Arc::clone(&piece.local)]),
         };
         let shared = tools.shared;
         let base = if shared.virtual_addresses { 0 } else { base };
-        let (lanes, keys) = plan::pair_lanes(rails, keys);
+        let (lanes, keys) = plan::pair_lanes(rails, &keys);
         if lanes.is_empty() {
             return Err(Error::invalid(format!("{} sent no key for its staging memory", staged.peer.name())));
         }
         let mut cutter = Cutter::new(&shared.cutting(), lanes.len(), 1);
-        cutter.extend(0, std::iter::once((local_addr, remote_addr.wrapping_sub(base), chunk.len)));
-        let region_on = |rail: RailId| match (chunk.local_slot, own) {
-            (Some(_), Some(own)) => Some(own.region(rail)),
-            _ => piece.local.region(rail),
+        let slices = staged.segments(chunk.cut).map(|segment| {
+            let local = own.map_or(segment.local_addr, |(slots, offset)| slots.addr() + offset + segment.at);
+            let there = lent_addr.map_or(segment.remote_addr, |addr| addr.wrapping_add(segment.at));
+            (local, there.wrapping_sub(base), segment.len)
+        });
+        cutter.extend(0, slices);
+        let region_on = |rail: RailId| match own {
+            Some((slots, _)) => Some(slots.region(rail)),
+            None => piece.local.region(rail),
         };
         let way = |(lane, key): (&plan::Lane, u64)| Some(Way { region: region_on(lane.rail)?, key });
         let ways: Option<_> = lanes.iter().zip(keys).map(way).collect();
@@ -363,134 +470,124 @@ impl Client {
         Ok(remote)
     }
 
-    /// Begins the next chunk, if there are slots for it.
-    fn admit(&mut self, staging: &Staging, tools: &Tools<'_>, active: &mut Active) -> Result<bool> {
+    /// Begins the next chunk, if there are slots for it. Returns the number of its pieces.
+    fn admit(&mut self, tools: &Tools<'_>, active: &mut Active) -> Result<usize> {
+        if active.is_cut() || active.chunks.len() >= CHUNKS_MAX {
+            return Ok(0);
+        }
         let transfer = Arc::clone(&active.transfer);
-        let piece = &transfer.pieces[active.piece];
-        let needs_own = piece.local.is_staged();
+        let piece = &transfer.pieces[active.next.piece];
+        let (mut bytes_max, mut pieces_max) = (transfer.chunk_bytes(), COPY_RANGES_MAX);
         let needs_lent = piece.region()?.is_staged();
-        let mut len = (piece.len - active.offset).min(SLOT_BYTES.into());
         if needs_lent {
-            match self.lent_slot(tools, &transfer, active)? {
-                Some(slot_bytes) => len = len.min(slot_bytes.into()),
-                None => return Ok(false),
-            }
+            let Some(granted) = self.lent(tools, active)? else { return Ok(0) };
+            bytes_max = bytes_max.min(granted.copy_bytes_max());
+            pieces_max = if granted.takes_ranges() { pieces_max } else { 1 };
         }
-        if needs_own && !self.own_slot_is_free(staging, &tools.shared.local.rails)? {
-            return Ok(false);
+        let needs_own = active.needs_own_slots();
+        if needs_own && !self.own_is_ready(tools)? {
+            return Ok(0);
         }
-        let local_slot = if needs_own { self.own.as_mut().and_then(|(_, free)| free.pop()) } else { None };
-        let lent = if needs_lent { self.granted_mut(&transfer.peer) } else { None };
-        let remote_slot = lent.and_then(|granted| granted.free.pop());
-        let mut chunk = Chunk {
-            piece: active.piece,
-            offset: active.offset,
-            len,
-            local_slot,
-            remote_slot,
-            stage: 0,
-            step: Step::Asked(0, Instant::now()),
-        };
-        active.offset += len;
-        if active.offset == piece.len {
-            active.piece += 1;
-            active.offset = 0;
+        let mut cut = transfer.cut(active.next, bytes_max, pieces_max);
+        // What is much shorter than it could be costs more than it brings; but something gets on at any time.
+        let least = if active.chunks.is_empty() { 0 } else { cut.len / 2 };
+        let mut chunk = Chunk { cut, own: None, lent: None, stage: 0, step: Step::New };
+        if needs_lent {
+            let Some((run, bytes)) =
+                self.granted(&transfer.peer).and_then(|g| taken(g.arena(), cut.len, least))
+            else {
+                return self.none_lent(tools, active);
+            };
+            (chunk.lent, cut) = (Some(run), transfer.cut(active.next, bytes.min(cut.len), pieces_max));
         }
+        if let (true, Own::Ready(_, arena)) = (needs_own, &mut self.own) {
+            let Some((run, bytes)) = taken(arena, cut.len, least) else {
+                self.give_back_lent(&transfer.peer, &mut chunk);
+                return Ok(0);
+            };
+            (chunk.own, cut) = (Some(run), transfer.cut(active.next, bytes.min(cut.len), pieces_max));
+        }
+        chunk.cut = cut;
+        active.next = transfer.behind(cut);
         if let Err(e) = self.begin(tools, &transfer, &mut chunk) {
-            self.give_back(&transfer.peer, &chunk);
+            self.give_back_own(&mut chunk);
+            self.give_back_lent(&transfer.peer, &mut chunk);
             return Err(e);
         }
         active.chunks.push(chunk);
-        Ok(true)
+        Ok(transfer.segments(cut).count())
     }
 
-    /// Bytes of the peer's slots if one is free. Asks for slots first, and fails if none come in time.
-    fn lent_slot(
-        &mut self,
-        tools: &Tools<'_>,
-        transfer: &StagedTransfer,
-        active: &Active,
-    ) -> Result<Option<u32>> {
-        let peer = &transfer.peer;
-        if let Some(lease) = self.leases.iter().find(|lease| Arc::ptr_eq(&lease.peer, peer)) {
-            if let Some(granted) = &lease.granted {
-                let rests =
-                    |(of, chunk): &&(Arc<Peer>, Chunk)| Arc::ptr_eq(of, peer) && chunk.remote_slot.is_some();
-                // Others' transfers give theirs back in time.
-                if self.resting.iter().filter(rests).count() < usize::from(granted.slots) {
-                    return Ok((!granted.free.is_empty()).then_some(granted.slot_bytes));
-                }
+    /// What the peer lends. Asks for it first, and fails if it does not come in time.
+    fn lent(&mut self, tools: &Tools<'_>, active: &Active) -> Result<Option<&mut Granted>> {
+        let peer = &active.transfer.peer;
+        self.meet(peer);
+        let at = self.leases.iter().position(|lease| lease.is_of(peer)).ok_or_else(slots_lost)?;
+        let lease = &mut self.leases[at];
+        if lease.granted().is_none() {
+            lease.ask()?;
+            if active.since.elapsed() > tools.shared.config.connect_timeout {
+                return Err(if peer.is_ready() { did_not_lend(tools, peer) } else { peer.no_answer() });
             }
-        } else if peer.say(Body::Staging(Message::Ask))? {
-            self.leases.push(Lease { peer: Arc::clone(peer), granted: None });
-            tools.shared.kick();
         }
-        if active.since.elapsed() > tools.shared.config.connect_timeout {
-            return Err(Error::disconnected(format!(
-                "{} did not lend staging memory within {} ms (connect_timeout_ms)",
-                peer.name(),
-                tools.shared.config.connect_timeout.as_millis()
-            )));
-        }
-        Ok(None)
+        Ok(self.leases[at].granted())
     }
 
-    fn own_slot_is_free(&mut self, staging: &Staging, rails: &[Arc<Rail>]) -> Result<bool> {
-        if self.own.is_none() {
-            let context = staging.context.get().ok_or_else(|| Error::not_found("no VRAM is registered"))?;
-            let slots = Slots::new(context, rails, OWN_SLOTS)?;
-            let free = (0..slots.count()).rev().collect();
-            self.own = Some((slots, free));
+    /// All that the peer has lent is in use. Other transfers give theirs back in time; what rests may do so for ever.
+    fn none_lent(&self, tools: &Tools<'_>, active: &Active) -> Result<usize> {
+        let peer = &active.transfer.peer;
+        let lease = self.leases.iter().find(|lease| lease.is_of(peer));
+        let resting = self.resting.iter().filter(|(of, _)| Arc::ptr_eq(of, peer));
+        let resting =
+            resting.filter_map(|(_, chunk)| Some(usize::from(chunk.lent.as_ref()?.count()))).sum::<usize>();
+        let all_rest = lease.is_some_and(|lease| lease.slots() <= resting);
+        if all_rest && active.since.elapsed() > tools.shared.config.connect_timeout {
+            return Err(did_not_lend(tools, peer));
         }
-        Ok(self.own.as_ref().is_some_and(|(_, free)| !free.is_empty()))
+        Ok(0)
     }
 
-    fn granted(&self, peer: &Arc<Peer>) -> Option<&Granted> {
-        self.leases.iter().find(|lease| Arc::ptr_eq(&lease.peer, peer))?.granted.as_ref()
-    }
-
-    fn granted_mut(&mut self, peer: &Arc<Peer>) -> Option<&mut Granted> {
-        self.leases.iter_mut().find(|lease| Arc::ptr_eq(&lease.peer, peer))?.granted.as_mut()
-    }
-
-    fn give_back(&mut self, peer: &Arc<Peer>, chunk: &Chunk) {
-        if let (Some(slot), Some((_, free))) = (chunk.local_slot, &mut self.own) {
-            free.push(slot);
+    fn own_is_ready(&mut self, tools: &Tools<'_>) -> Result<bool> {
+        if matches!(self.own, Own::None) {
+            let context = tools.staging.context.get();
+            self.prepare(context.ok_or_else(|| Error::not_found("no VRAM is registered"))?, tools.shared)?;
         }
-        if let (Some(slot), Some(granted)) = (chunk.remote_slot, self.granted_mut(peer)) {
-            granted.free.push(slot);
+        Ok(matches!(self.own, Own::Ready(..)))
+    }
+
+    fn give_back_own(&mut self, chunk: &mut Chunk) {
+        if let (Some(run), Own::Ready(_, arena)) = (chunk.own.take(), &mut self.own) {
+            arena.give_back(run);
+        }
+    }
+
+    fn give_back_lent(&mut self, peer: &Arc<Peer>, chunk: &mut Chunk) {
+        if let (Some(run), Some(granted)) = (chunk.lent.take(), self.granted(peer)) {
+            granted.arena().give_back(run);
         }
     }
 }
 
-fn slot_lost() -> Error {
-    Error::backend("a chunk of a staged transfer lost its slot")
+/// A run for so many bytes, and how many it holds.
+fn taken(arena: &mut Arena, bytes: u64, least: u64) -> Option<(Run, u64)> {
+    let run = arena.take(bytes, least)?;
+    let bytes = arena.bytes(&run);
+    Some((run, bytes))
+}
+
+fn slots_lost() -> Error {
+    Error::backend("a chunk of a staged transfer lost its slots")
+}
+
+fn did_not_lend(tools: &Tools<'_>, peer: &Peer) -> Error {
+    Error::disconnected(format!(
+        "{} did not lend staging memory within {} ms (connect_timeout_ms), but takes messages: does its progress thread \
+         run, or its application call NIXL?",
+        peer.name(),
+        tools.shared.config.connect_timeout.as_millis()
+    ))
 }
 
 /// The stages of a chunk: at the source of the data, on the wire, at its target.
 const WIRE_STAGE: u8 = 1;
 const LAST_STAGE: u8 = 2;
-
-#[cfg(test)]
-mod tests {
-    use super::{Granted, SLOT_BYTES_MIN};
-    use crate::wire::PublicMetadata;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn a_lease_that_nothing_fits_through_is_refused(slot_bytes: u32, slots: u16, addr: u64) {
-            let edges = [(slot_bytes, slots, addr), (slot_bytes % 8192, slots % 3, addr), (slot_bytes, slots, !(addr >> 17))];
-            for (slot_bytes, slots, addr) in edges {
-                let bytes = u64::from(slot_bytes) * u64::from(slots);
-                let usable = slots > 0 && slot_bytes >= SLOT_BYTES_MIN && addr.checked_add(bytes).is_some();
-                let granted = Granted::new(slot_bytes, slots, PublicMetadata { keys: vec![Some(1)], addr, board: None, gpu: None });
-                prop_assert_eq!(granted.is_ok(), usable);
-                if let Ok(granted) = granted {
-                    prop_assert_eq!(granted.free.len(), usize::from(slots));
-                    prop_assert!(granted.free.iter().all(|&slot| slot < slots));
-                }
-            }
-        }
-    }
-}

@@ -1,29 +1,33 @@
 //! Page-locked host memory in slots, registered on every rail.
 
+use std::panic::resume_unwind;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use crate::cuda::{Context, Pinned, Span};
 use crate::error::{Error, Result};
 use crate::fabric::{MemoryRegion, next_key};
 use crate::rail::Rail;
+use crate::sys::thread::spawn_without_signals;
 use crate::types::RailId;
 use crate::wire::PublicMetadata;
 
-/// Bytes of a slot: the most that one chunk moves. Long enough that messages about it cost little.
-pub const SLOT_BYTES: u32 = 1 << 20;
+/// Bytes of a slot. What moves takes as many in a row as it needs.
+pub const SLOT_BYTES: u32 = 64 << 10;
 
 /// One region cut into slots.
 pub struct Slots {
     memory: Arc<Pinned>,
     regions: Vec<MemoryRegion>,
     rails: Vec<RailId>,
+    slot_bytes: u32,
     count: u16,
 }
 
 impl Slots {
     /// `count` slots, page-locked by `context`'s driver.
-    pub fn new(context: &Context, rails: &[Arc<Rail>], count: u16) -> Result<Self> {
-        let memory = Arc::new(Pinned::new(context, usize::from(count) * SLOT_BYTES as usize)?);
+    fn new(context: &Context, rails: &[Arc<Rail>], slot_bytes: u32, count: u16) -> Result<Self> {
+        let memory = Arc::new(Pinned::new(context, usize::from(count) * slot_bytes as usize)?);
         let mut regions = Vec::with_capacity(rails.len());
         for rail in rails {
             let region = rail.domain().register_kept(Arc::clone(&memory) as _, next_key());
@@ -31,7 +35,7 @@ impl Slots {
             rail.bind(&region)?;
             regions.push(region);
         }
-        Ok(Self { memory, regions, rails: rails.iter().map(|rail| rail.id()).collect(), count })
+        Ok(Self { memory, regions, rails: rails.iter().map(|rail| rail.id()).collect(), slot_bytes, count })
     }
 
     /// Number of slots.
@@ -39,17 +43,24 @@ impl Slots {
         self.count
     }
 
-    /// The first `len` bytes of a slot, for a copy.
-    pub fn span(&self, slot: u16, len: u64) -> Result<Span> {
-        if slot >= self.count || len > SLOT_BYTES.into() {
-            return Err(Error::invalid(format!("slot {slot} of {} with {len} bytes", self.count)));
-        }
-        self.memory.span().part(u64::from(slot) * u64::from(SLOT_BYTES), len)
+    /// Bytes of a slot.
+    pub fn slot_bytes(&self) -> u32 {
+        self.slot_bytes
     }
 
-    /// Address of a slot.
-    pub fn addr(&self, slot: u16) -> u64 {
-        self.memory.span().addr() + u64::from(slot) * u64::from(SLOT_BYTES)
+    /// `len` bytes from `offset` on, for a copy.
+    pub fn span(&self, offset: u64, len: u64) -> Result<Span> {
+        self.memory.span().part(offset, len)
+    }
+
+    /// Its first address.
+    pub fn addr(&self) -> u64 {
+        self.memory.span().addr()
+    }
+
+    /// Its length in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.memory.span().len()
     }
 
     /// The rails that serve it: all.
@@ -64,11 +75,37 @@ impl Slots {
 
     /// What a peer needs to reach it.
     pub fn metadata(&self) -> PublicMetadata {
-        PublicMetadata {
-            keys: self.regions.iter().map(|region| Some(region.key())).collect(),
-            addr: self.memory.span().addr(),
-            board: None,
-            gpu: None,
+        let keys = self.regions.iter().map(|region| Some(region.key())).collect();
+        PublicMetadata::new(keys, self.addr())
+    }
+}
+
+/// Slots in the making, on a thread of their own: to page-lock and register 32 MiB takes some ten milliseconds, in which
+/// whoever drives has other things to do.
+pub struct Making(Option<JoinHandle<Result<Slots>>>);
+
+impl Making {
+    /// Begins to make `count` slots.
+    pub fn start(context: &Context, rails: &[Arc<Rail>], slot_bytes: u32, count: u16) -> Result<Self> {
+        let (context, rails) = (context.clone(), rails.to_vec());
+        let make = move || Slots::new(&context, &rails, slot_bytes, count);
+        let thread = spawn_without_signals("nixl-staging".to_owned(), make)
+            .map_err(|e| Error::backend(format!("no thread could be started to make staging memory: {e}")))?;
+        Ok(Self(Some(thread)))
+    }
+
+    /// The slots, once they are made.
+    pub fn finished(&mut self) -> Option<Result<Slots>> {
+        let thread = self.0.take_if(|thread| thread.is_finished())?;
+        // A panic goes on where it is looked for: with whoever drives.
+        Some(thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
+    }
+}
+
+impl Drop for Making {
+    fn drop(&mut self) {
+        if let Some(thread) = self.0.take() {
+            let _ = thread.join();
         }
     }
 }

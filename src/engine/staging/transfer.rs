@@ -1,13 +1,16 @@
 //! The side that transfers: cuts a transfer into chunks and takes each through its steps.
 //!
-//! A chunk of a WRITE: from GPU memory into a slot here (if the local side is GPU memory), over the wire into a slot of the
-//! peer (or right into its memory, if that is host memory), from that slot into the peer's GPU memory. A READ goes the other
-//! way. Chunks are at different steps at a time, so copies there, copies here and the wire overlap.
+//! A chunk of a WRITE: from GPU memory into slots here (if the local side is GPU memory), over the wire into slots of the
+//! peer (or right into its memory, if that is host memory), from those into the peer's GPU memory. A READ goes the other
+//! way. Chunks are at different steps at a time, so copies there, copies here and the wire overlap. Small pieces travel
+//! together in a chunk, one behind the other.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use super::arena::Run;
+use super::slots::SLOT_BYTES;
 use crate::cuda::InFlight;
 use crate::engine::Metadata;
 use crate::engine::remote::Remote;
@@ -17,6 +20,14 @@ use crate::memory::{Registration, RemoteRegion, begin_uses};
 use crate::peer::Peer;
 use crate::transfer::PostState;
 use crate::types::Op;
+
+/// Most bytes of a chunk. Long enough that messages about it cost little.
+const CHUNK_BYTES_MAX: u64 = 1 << 20;
+/// A shorter transfer is one chunk.
+const CHUNK_BYTES_MIN: u64 = 128 << 10;
+/// A transfer is cut into so many chunks at least, so that its copies overlap with the wire: what is left in front of and
+/// behind the wire is a copy of a chunk each.
+const CHUNKS_MIN: u64 = 4;
 
 /// A local and a remote range of equal length.
 pub struct StagedPiece {
@@ -29,10 +40,14 @@ pub struct StagedPiece {
 }
 
 impl StagedPiece {
+    /// Whether both are of the same two regions, so that they can travel together.
+    fn is_beside(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.local, &other.local) && Arc::ptr_eq(&self.remote, &other.remote)
+    }
+
     /// Whether `next` begins where this one ends, on both sides.
     pub fn goes_on_with(&self, next: &Self) -> bool {
-        Arc::ptr_eq(&self.local, &next.local)
-            && Arc::ptr_eq(&self.remote, &next.remote)
+        self.is_beside(next)
             && self.local_addr + self.len == next.local_addr
             && self.remote_addr + self.len == next.remote_addr
     }
@@ -78,6 +93,53 @@ impl StagedTransfer {
     /// Bytes moved by one post.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Bytes of a chunk of it.
+    pub(super) fn chunk_bytes(&self) -> u64 {
+        (self.bytes / CHUNKS_MIN).next_multiple_of(SLOT_BYTES.into()).clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)
+    }
+
+    /// What follows a place: at most so many bytes, of one pair of regions and at most so many pieces.
+    pub(super) fn cut(&self, from: Place, bytes_max: u64, pieces_max: usize) -> Cut {
+        let first = &self.pieces[from.piece];
+        let mut len = 0;
+        let together = self.pieces[from.piece..].iter().take_while(|piece| piece.is_beside(first));
+        let mut offset = from.offset;
+        for piece in together.take(pieces_max) {
+            len += (piece.len - offset).min(bytes_max - len);
+            offset = 0;
+            if len == bytes_max {
+                break;
+            }
+        }
+        Cut { from, len }
+    }
+
+    /// What a cut is made of.
+    pub(super) fn segments(&self, cut: Cut) -> impl Iterator<Item = Segment> + '_ {
+        let (mut offset, mut at) = (cut.from.offset, 0);
+        let mut pieces = self.pieces[cut.from.piece..].iter();
+        std::iter::from_fn(move || {
+            let piece = if at < cut.len { pieces.next() } else { None }?;
+            let len = (piece.len - offset).min(cut.len - at);
+            let (local_addr, remote_addr) = (piece.local_addr + offset, piece.remote_addr + offset);
+            let segment = Segment { at, local_addr, remote_addr, len };
+            (offset, at) = (0, at + len);
+            Some(segment)
+        })
+    }
+
+    /// The place behind a cut.
+    pub(super) fn behind(&self, cut: Cut) -> Place {
+        let Place { mut piece, mut offset } = cut.from;
+        let mut left = cut.len;
+        while let Some(rest) =
+            self.pieces.get(piece).map(|piece| piece.len - offset).filter(|rest| *rest <= left)
+        {
+            (piece, offset, left) = (piece + 1, 0, left - rest);
+        }
+        Place { piece, offset: offset + left }
     }
 
     /// Begins a post.
@@ -130,8 +192,34 @@ impl StagedTransfer {
     }
 }
 
+/// A place in the pieces of a transfer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Place {
+    pub piece: usize,
+    pub offset: u64,
+}
+
+/// A part of a transfer: pieces of one pair of regions, the first and the last perhaps in part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cut {
+    pub from: Place,
+    pub len: u64,
+}
+
+/// What a cut has of one piece.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// Where it lies in the cut, in bytes from its beginning.
+    pub at: u64,
+    pub local_addr: u64,
+    pub remote_addr: u64,
+    pub len: u64,
+}
+
 /// Where a chunk is.
 pub enum Step {
+    /// It has not begun.
+    New,
     /// Copied by the GPU here.
     Copying(InFlight),
     /// Copied by the GPU there: the number under which it was asked for, and when.
@@ -140,13 +228,13 @@ pub enum Step {
     Wire(Arc<Remote>),
 }
 
-/// A part of a piece under way.
+/// A cut under way.
 pub struct Chunk {
-    pub piece: usize,
-    pub offset: u64,
-    pub len: u64,
-    pub local_slot: Option<u16>,
-    pub remote_slot: Option<u16>,
+    pub cut: Cut,
+    /// Slots here, while anything may touch them.
+    pub own: Option<Run>,
+    /// Slots of the peer, while anything may touch them.
+    pub lent: Option<Run>,
     /// Which of the three steps it is in.
     pub stage: u8,
     pub step: Step,
@@ -155,9 +243,8 @@ pub struct Chunk {
 /// A posted transfer and its chunks.
 pub struct Active {
     pub transfer: Arc<StagedTransfer>,
-    /// Next piece to cut, and how much of it is cut.
-    pub piece: usize,
-    pub offset: u64,
+    /// What comes next.
+    pub next: Place,
     pub chunks: Vec<Chunk>,
     pub error: Option<Error>,
     pub since: Instant,
@@ -165,11 +252,21 @@ pub struct Active {
 
 impl Active {
     pub fn new(transfer: Arc<StagedTransfer>) -> Self {
-        Self { transfer, piece: 0, offset: 0, chunks: Vec::new(), error: None, since: Instant::now() }
+        Self { transfer, next: Place::default(), chunks: Vec::new(), error: None, since: Instant::now() }
+    }
+
+    /// Whether what comes next is GPU memory here.
+    pub fn needs_own_slots(&self) -> bool {
+        self.transfer.pieces.get(self.next.piece).is_some_and(|piece| piece.local.is_staged())
+    }
+
+    /// Whether nothing is left to cut, or nothing more will be.
+    pub fn is_cut(&self) -> bool {
+        self.error.is_some() || self.next.piece == self.transfer.pieces.len()
     }
 
     /// Whether all has been cut and has arrived, or nothing more will.
     pub fn is_over(&self) -> bool {
-        self.chunks.is_empty() && (self.error.is_some() || self.piece == self.transfer.pieces.len())
+        self.chunks.is_empty() && self.is_cut()
     }
 }
