@@ -51,7 +51,8 @@ def test_small_descriptors_are_spread(bed, two_hosts, progress):
     # Every other block, so that no two can be joined.
     parts = [slice(2 * index * block, (2 * index + 1) * block) for index in range(count)]
     shares = moved(two_hosts, lambda: first.transfer("WRITE", [source[part] for part in parts], [target[part] for part in parts], second, b"x"))
-    assert min(shares.values()) > count * block // 5, shares
+    # How many each gets is decided by who has room; that both have a part is not left to that.
+    assert min(shares.values()) > count * block // 50, shares
     second.receives(b"x", sender=first)
     target.check(1, [(part.start, part.start, block) for part in parts])
 
