@@ -35,7 +35,7 @@ fn lend(bed: &Bed, addr: u64, bytes: usize) -> Result<Lent> {
     bed.cuda.lend(&bed.cuda.inspect(addr, bytes as u64)?)
 }
 
-/// What another process gets by pidfd_getfd.
+/// What another process gets by `pidfd_getfd`.
 fn files(handle: &Handle) -> Vec<OwnedFd> {
     let Handle::Files(files) = handle else { return Vec::new() };
     let copy = |fd: u32| {

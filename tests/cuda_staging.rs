@@ -31,7 +31,7 @@ impl Staged {
     }
 
     fn with(progress_thread: bool, options: &[(&str, &str)]) -> Self {
-        Self::of(2, progress_thread, options, |info| info)
+        Self::of(2, progress_thread, options, <[u8]>::to_vec)
     }
 
     /// So many agents, which know one another by what `told` makes of their connection info.
@@ -39,7 +39,7 @@ impl Staged {
         count: usize,
         progress_thread: bool,
         options: &[(&str, &str)],
-        told: impl Fn(Vec<u8>) -> Vec<u8>,
+        told: impl Fn(&[u8]) -> Vec<u8>,
     ) -> Self {
         let stage = Stage::new();
         stage.fabric_option("hmem", 0);
@@ -60,7 +60,7 @@ impl Staged {
         let regions = (0..count).map(register).collect();
         for (engine, name) in engines.iter().zip(names) {
             for (other, _) in engines.iter().zip(names).filter(|(_, other)| *other != name) {
-                other.load_remote_conn_info(&(*name).into(), &told(engine.conn_info().unwrap())).unwrap();
+                other.load_remote_conn_info(&(*name).into(), &told(&engine.conn_info().unwrap())).unwrap();
             }
         }
         Self { engines, gpu, host, regions, stage }
@@ -369,7 +369,7 @@ fn a_short_transfer_does_not_wait_for_long_ones() {
 #[test]
 fn peers_that_do_not_answer_hold_no_slots_of_others() {
     let lends = told(" lends ");
-    let bed = Staged::of(4, false, &[("connect_timeout_ms", "1000")], |info| info);
+    let bed = Staged::of(4, false, &[("connect_timeout_ms", "1000")], <[u8]>::to_vec);
     let remotes: Vec<_> = (1..4).map(|agent| bed.remote_of(agent, MemKind::Vram)).collect();
     bed.until("the words of the lenders", || told(" lends ") == lends + 3);
     let request = |agent: usize| bed.prepare(Op::Read, agent, &remotes[agent - 1], STAGED_BYTES);
@@ -391,8 +391,8 @@ fn peers_that_do_not_answer_hold_no_slots_of_others() {
 }
 
 /// As an agent says it that knows neither copies of many ranges nor copies over several slots.
-fn without_ranges(info: Vec<u8>) -> Vec<u8> {
-    let mut info = ConnectionInfo::decode(&info).unwrap();
+fn without_ranges(info: &[u8]) -> Vec<u8> {
+    let mut info = ConnectionInfo::decode(info).unwrap();
     info.extension.as_mut().unwrap().capabilities &= !capability::STAGED_RANGES;
     info.encode()
 }

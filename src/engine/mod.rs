@@ -53,6 +53,7 @@ pub struct InitParams {
 
 /// Metadata handle that NIXL holds for a local or a remote memory region.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "it stands in an `Arc` from the beginning")]
 pub enum Metadata {
     /// A region registered here.
     Local(Arc<Registration>),

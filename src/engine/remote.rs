@@ -311,7 +311,7 @@ impl<'e, 'a> Preparation<'e, 'a> {
     fn finish_nearby<'d>(
         self,
         op: Op,
-        nearby: Vec<Far>,
+        nearby: &[Far],
         local: &[impl XferElement<'d>],
         remote: &[impl XferElement<'d>],
     ) -> Result<Arc<Transfer>> {
@@ -320,7 +320,7 @@ impl<'e, 'a> Preparation<'e, 'a> {
             let pairs = set
                 .pairs
                 .into_iter()
-                .zip(&nearby)
+                .zip(nearby)
                 .map(|((near, _), far)| CopyPair { near: Arc::clone(near), far: far.clone() });
             let list = CopyList::new(op, set.cutter.finish(), pairs.collect());
             copies = Some(list.map_err(|e| first_outside(local, remote).unwrap_or(e))?);
@@ -336,7 +336,7 @@ impl<'e, 'a> Preparation<'e, 'a> {
         remote: &[impl XferElement<'d>],
     ) -> Result<Arc<Transfer>> {
         if let Some(nearby) = self.nearby.take() {
-            return self.finish_nearby(op, nearby, local, remote);
+            return self.finish_nearby(op, &nearby, local, remote);
         }
         let mut parts = Vec::with_capacity(self.sets.len());
         for set in self.sets {

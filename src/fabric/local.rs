@@ -63,17 +63,17 @@ pub fn copy_with(process: &Process, op: Op, copies: &[ProcessCopy]) -> io::Resul
         while !here.is_empty() {
             // SAFETY: the local ranges are within ranges whose makers promised that they stay valid for as long as they are used,
             // whoever else reads and writes them (`MemoryRange::assume_registered`); no Rust reference is in them.
-            let copied = unsafe {
+            let bytes = unsafe {
                 match op {
                     Op::Write => process.write(here, there),
                     Op::Read => process.read(here, there),
                 }
             };
-            let copied = copied?;
-            if copied == 0 {
+            let bytes = bytes?;
+            if bytes == 0 {
                 return Err(io::Error::other("nothing was copied"));
             }
-            (here, there) = (behind(here, copied), behind(there, copied));
+            (here, there) = (behind(here, bytes), behind(there, bytes));
         }
     }
     Ok(())

@@ -382,7 +382,7 @@ impl RemoteRegion {
         let is_staged = kind == MemKind::Vram && stages_vram;
         let gpu = metadata.gpu.clone().filter(|_| kind == MemKind::Vram).map(Arc::new);
         let (nearby, nearby_gpu) = (OnceLock::new(), Mutex::default());
-        Self { desc, kind, agent, peer, metadata, is_staged, nearby, nearby_gpu, gpu }
+        Self { desc, kind, agent, peer, metadata, is_staged, nearby, gpu, nearby_gpu }
     }
 
     /// How it is copied without a network in a context here, if its agent is a neighbour, it is GPU memory, and that works: it is

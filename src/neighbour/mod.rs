@@ -4,7 +4,7 @@
 //! much that nobody can list (namespaces, users, security modules, containers), so it is tried: the board's nonce is read from the
 //! peer's memory, and the board is mapped. Where anything of it fails, the NICs carry what there is for that peer.
 //!
-//! Each turn of copying (process_vm_writev(2)) reads the nonce again: the process may have ended, or become another program.
+//! Each turn of copying (`process_vm_writev(2)`) reads the nonce again: the process may have ended, or become another program.
 #![forbid(unsafe_code)]
 
 mod board;

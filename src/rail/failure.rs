@@ -170,7 +170,9 @@ impl Core {
     pub(super) fn look_after_resting(&mut self, events: &mut Vec<Event>) -> usize {
         let resting = std::mem::take(&mut self.resting);
         let count = resting.len();
-        resting.into_iter().for_each(|key| self.leave_in_time(key, events));
+        for key in resting {
+            self.leave_in_time(key, events);
+        }
         count - self.resting.len()
     }
 

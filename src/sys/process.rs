@@ -7,15 +7,15 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 
-/// Ranges of one side that a call of [`Process::write`] or [`Process::read`] takes: `IOV_MAX`, process_vm_readv(2).
+/// Ranges of one side that a call of [`Process::write`] or [`Process::read`] takes: `IOV_MAX`, `process_vm_readv(2)`.
 pub const RANGES_MAX: usize = 1024;
 
-/// A number that is another one after each boot of this host (`random/boot_id`, proc_sys_kernel(5)).
+/// A number that is another one after each boot of this host (`random/boot_id`, `proc_sys_kernel(5)`).
 pub fn boot_id() -> io::Result<[u8; 16]> {
     read_uuid("/proc/sys/kernel/random/boot_id")
 }
 
-/// Random bytes, another time others (`random/uuid`, proc_sys_kernel(5)).
+/// Random bytes, another time others (`random/uuid`, `proc_sys_kernel(5)`).
 pub fn random_id() -> io::Result<[u8; 16]> {
     read_uuid("/proc/sys/kernel/random/uuid")
 }
@@ -27,12 +27,12 @@ fn read_uuid(path: &str) -> io::Result<[u8; 16]> {
     number.map(u128::to_be_bytes).ok_or_else(|| unreadable(path))
 }
 
-/// The namespace in which the numbers of processes count for this one (pid_namespaces(7)).
+/// The namespace in which the numbers of processes count for this one (`pid_namespaces(7)`).
 pub fn pid_namespace() -> io::Result<u64> {
     Ok(fs::metadata("/proc/self/ns/pid")?.ino())
 }
 
-/// When a process began, in clock ticks since the boot (`/proc/<pid>/stat`, proc_pid_stat(5)).
+/// When a process began, in clock ticks since the boot (`/proc/<pid>/stat`, `proc_pid_stat(5)`).
 pub fn start_time(pid: u32) -> io::Result<u64> {
     let path = format!("/proc/{pid}/stat");
     let text = fs::read_to_string(&path)?;
@@ -42,7 +42,7 @@ pub fn start_time(pid: u32) -> io::Result<u64> {
     field.and_then(|field| field.parse().ok()).ok_or_else(|| unreadable(&path))
 }
 
-/// The effective user of a process (`/proc/<pid>/status`, proc_pid_status(5)), as this process' user namespace numbers it.
+/// The effective user of a process (`/proc/<pid>/status`, `proc_pid_status(5)`), as this process' user namespace numbers it.
 pub fn user(pid: u32) -> io::Result<u32> {
     let path = format!("/proc/{pid}/status");
     let text = fs::read_to_string(&path)?;
@@ -84,6 +84,7 @@ impl Range {
     }
 
     /// What is behind its first `len` bytes.
+    #[must_use]
     pub fn behind(&self, len: u64) -> Self {
         Self::new(self.0.iov_base as u64 + len, self.len() - len)
     }
@@ -109,7 +110,7 @@ impl Process {
         let handle = unsafe { OwnedFd::from_raw_fd(fd as i32) };
         let process = Self { pid, handle };
         // Looked at through its number, which is its own for as long as it has not ended.
-        let now = start_time(pid).or_else(|e| if process.has_ended() { Err(gone()) } else { Err(e) })?;
+        let now = start_time(pid).map_err(|e| if process.has_ended() { gone() } else { e })?;
         if now != began || process.has_ended() { Err(gone()) } else { Ok(process) }
     }
 
@@ -137,7 +138,7 @@ impl Process {
         Ok(file.into())
     }
 
-    /// A descriptor of our own for what the process has open as descriptor `fd` (pidfd_getfd(2), Linux 5.6).
+    /// A descriptor of our own for what the process has open as descriptor `fd` (`pidfd_getfd(2)`, Linux 5.6).
     pub fn take_file(&self, fd: u32) -> io::Result<OwnedFd> {
         // SAFETY: takes numbers only; the result is checked before it is owned.
         let taken = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.handle.as_raw_fd(), fd, 0) };

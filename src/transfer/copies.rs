@@ -642,7 +642,9 @@ mod tests {
             });
             prop_assert_eq!(overs, [Ok(())], "over once");
             let mut expected = vec![before; BYTES];
-            pieces.iter().for_each(|&(at, len)| expected[at..at + len].fill(from));
+            for &(at, len) in &pieces {
+                expected[at..at + len].fill(from);
+            }
             let found: Vec<_> = to.iter().map(|byte| byte.load(Ordering::Relaxed)).collect();
             prop_assert!(found == expected);
         }
@@ -655,8 +657,8 @@ mod tests {
         let work = CopyWork::new(ends.list(Op::Write, &[(0, BYTES)]), Arc::new(()));
         copies.push(Arc::clone(&work));
         assert!(matches!(copies.drive(), (1, None)));
-        let copied = ends.far.iter().filter(|byte| byte.load(Ordering::Relaxed) == 1).count();
-        assert_eq!(copied as u64, TURN_BYTES);
+        let arrived = ends.far.iter().filter(|byte| byte.load(Ordering::Relaxed) == 1).count();
+        assert_eq!(arrived as u64, TURN_BYTES);
         work.stop();
         let over = copies.drive().1.unwrap();
         assert_eq!(over.outcome.unwrap_err().status(), Status::Canceled);
@@ -667,7 +669,7 @@ mod tests {
     fn many_small_pieces_are_several_turns() {
         let ends = Ends::new(true);
         let copies = Copies::new(1);
-        let pieces: Vec<_> = (0..TURN_PIECES_MAX + 1).map(|number| (2 * number, 1)).collect();
+        let pieces: Vec<_> = (0..=TURN_PIECES_MAX).map(|number| (2 * number, 1)).collect();
         copies.push(CopyWork::new(ends.list(Op::Write, &pieces), Arc::new(())));
         assert!(copies.drive().1.is_none());
         assert_eq!(copies.drive().1.unwrap().outcome, Ok(()));

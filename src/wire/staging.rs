@@ -76,7 +76,8 @@ pub struct Ranges<'a>(&'a [u8]);
 impl<'a> Ranges<'a> {
     fn decode(bytes: &'a [u8]) -> Option<Self> {
         let count = bytes.len() / RANGE_BYTES;
-        ((1..=COPY_RANGES_MAX).contains(&count) && bytes.len() % RANGE_BYTES == 0).then_some(Self(bytes))
+        ((1..=COPY_RANGES_MAX).contains(&count) && bytes.len().is_multiple_of(RANGE_BYTES))
+            .then_some(Self(bytes))
     }
 
     /// Clears `bytes` and writes ranges of memory into it, [`COPY_RANGES_MAX`] at most, for a message.

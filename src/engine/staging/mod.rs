@@ -115,7 +115,7 @@ impl Staging {
         regions.retain(|known| known.strong_count() > 0);
         regions.push(Arc::downgrade(region));
         drop(regions);
-        self.rouse(shared);
+        rouse(shared);
         Ok(())
     }
 
@@ -126,7 +126,7 @@ impl Staging {
             arrived.peers.push(Arc::clone(peer));
         }
         drop(arrived);
-        self.rouse(shared);
+        rouse(shared);
     }
 
     /// The staged region of this agent that holds all of these ranges.
@@ -148,12 +148,6 @@ impl Staging {
     pub fn post(&self, transfer: Arc<StagedTransfer>, shared: &Shared) {
         lock(&self.arrived).transfers.push(transfer);
         shared.mail.set_busy(true);
-    }
-
-    /// There is something to do for whoever drives.
-    fn rouse(&self, shared: &Shared) {
-        shared.mail.set_busy(true);
-        shared.wake();
     }
 
     /// Gives up what is under way, and all slots. Nothing drives any more.
@@ -206,8 +200,12 @@ impl Staging {
         }
         handled += server.advance(self, streams, shared);
         let Arrived { transfers, peers } = std::mem::take(&mut *lock(&self.arrived));
-        peers.iter().for_each(|peer| client.meet(peer));
-        transfers.into_iter().for_each(|transfer| client.add(transfer));
+        for peer in &peers {
+            client.meet(peer);
+        }
+        for transfer in transfers {
+            client.add(transfer);
+        }
         handled += client.advance(self, streams, shared);
         if shared.local.control_rail().has_mail() {
             // Somebody waits for it: where there is no progress thread, the application's next call may be far.
@@ -225,6 +223,12 @@ impl Arrived {
 }
 
 /// Whether a peer's next word is waited for awake.
+/// There is something to do for whoever drives.
+fn rouse(shared: &Shared) {
+    shared.mail.set_busy(true);
+    shared.wake();
+}
+
 fn is_recent(last_word: Option<Instant>) -> bool {
     last_word.is_some_and(|at| at.elapsed() < AWAKE)
 }

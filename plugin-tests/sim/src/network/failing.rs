@@ -31,7 +31,9 @@ impl State {
             let is_acknowledged = |f: &Flight| here(f) && (f.completed || f.pieces_left == 0);
             let acknowledged: Vec<_> =
                 self.flights.iter().filter(|(_, f)| is_acknowledged(f)).map(|(id, _)| *id).collect();
-            acknowledged.into_iter().for_each(|id| self.arrive(id));
+            for id in acknowledged {
+                self.arrive(id);
+            }
         }
         self.eps[ep].broken = Some(how);
         if how == Breakage::Flushes {
