@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::kernel::{Kernel, Table, unit_bytes};
+use super::kernel::{Kernel, Table};
 use super::{Context, Mapping, describe};
 use crate::error::{Error, Result};
 use crate::fabric::{KeptMemory, MemoryRange};
@@ -356,15 +356,14 @@ impl Inner {
     fn launch<'a>(
         &self,
         kernel: &Kernel,
-        pieces: impl Iterator<Item = &'a Piece> + Clone,
+        pieces: impl Iterator<Item = &'a Piece>,
         tables: &mut Vec<Table>,
     ) -> Result<()> {
-        let unit = unit_bytes(pieces.clone().map(|piece| piece.len).sum());
         let mut table = self.take_table()?;
         for piece in pieces {
             let mut done = 0;
             while done < piece.len {
-                let added = table.add(piece.to + done, piece.from + done, piece.len - done, unit);
+                let added = table.add(piece.to + done, piece.from + done, piece.len - done);
                 if added == 0 {
                     self.launch_table(kernel, table, tables)?;
                     table = self.take_table()?;

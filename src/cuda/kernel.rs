@@ -20,16 +20,9 @@ const ENTRY_BYTES: usize = 32;
 /// Units that one launch copies at most: a table of 512 KiB.
 pub const UNITS_MAX: usize = 16 << 10;
 
-/// Units that keep a large GPU busy: 132 to 192 multiprocessors, six to eight blocks on each.
-const UNITS_WANTED: u64 = 1024;
-/// A unit is a block's work: four rounds of its threads at most, one at least, where there is so much.
-const UNIT_BYTES_MIN: u64 = 4 << 10;
-const UNIT_BYTES_MAX: u64 = 64 << 10;
-
-/// Bytes of each unit when so many are copied: a multiple of 16, so that what is aligned stays so.
-pub fn unit_bytes(bytes: u64) -> u64 {
-    (bytes / UNITS_WANTED).clamp(UNIT_BYTES_MIN, UNIT_BYTES_MAX).next_multiple_of(UNIT_BYTES_MIN)
-}
+/// A unit is a block's work. On an H200 shorter ones are slower, also where they are so few that not every multiprocessor gets one, and
+/// longer ones hardly faster (`plugin-tests/gpu`, `cases.py sweep`). A multiple of 16, so that what is aligned stays so.
+const UNIT_BYTES: u64 = 64 << 10;
 
 /// The kernel, loaded into a context.
 pub struct Kernel {
@@ -120,11 +113,11 @@ impl Table {
         Ok(Self { memory, entries: Vec::new(), units: 0 })
     }
 
-    /// Takes in as much of a piece as there is room for, in units of so many bytes; returns how much.
-    pub fn add(&mut self, to: u64, from: u64, len: u64, unit_bytes: u64) -> u64 {
+    /// Takes in as much of a piece as there is room for; returns how much.
+    pub fn add(&mut self, to: u64, from: u64, len: u64) -> u64 {
         let mut done = 0;
         while done < len && self.units < UNITS_MAX {
-            let unit = unit_bytes.min(len - done);
+            let unit = UNIT_BYTES.min(len - done);
             for word in [to + done, from + done, unit, 0] {
                 self.entries.extend_from_slice(&word.to_ne_bytes());
             }
@@ -149,21 +142,5 @@ impl Table {
 impl std::fmt::Debug for Table {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "a table of {} units", self.units)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn units_are_whole_and_neither_few_nor_small() {
-        for bytes in [1, 4096, 1 << 20, 125 << 20, 256 << 20, 1 << 40] {
-            let unit = unit_bytes(bytes);
-            assert_eq!(unit % 16, 0);
-            assert!((UNIT_BYTES_MIN..=UNIT_BYTES_MAX).contains(&unit), "{bytes}: {unit}");
-        }
-        assert_eq!(unit_bytes(1 << 20), UNIT_BYTES_MIN);
-        assert_eq!(unit_bytes(256 << 20), UNIT_BYTES_MAX);
     }
 }
