@@ -21,18 +21,18 @@ ALL_DEVICES = {"max_bw_per_dram_seg": 1_000_000}
 def measure(plugin, chosen, slow, folder):
     """Seconds of each transfer, and MiB that each device of the sender wrote."""
     network = SoftEfa(devices=chosen.devices)
-    names = sorted(network.host(0).counters())
-    lines = [STRAIGHT, f"src=h0 gbps={chosen.gbps}"]
-    if slow:
-        # Not the first, which carries messages too.
-        lines.append(f"src=h0/{names[-1]} gbps={chosen.gbps / chosen.slower}")
-    network.control(*lines)
     agents = []
     try:
         for index, name in enumerate(("near", "far")):
             agent = Agent(name, plugin.host(("NIXL_LOG_LEVEL", "ERROR")), network.space(index), folder / f"{name}.log")
             agents.append(agent)
-            agent.create(progress_thread=True, **(ALL_DEVICES if plugin.name != "stock" else {}))
+            agent.create(progress_thread=True, **ALL_DEVICES)
+        names = sorted(network.host(0).counters())
+        lines = [STRAIGHT, f"src=h0 gbps={chosen.gbps}"]
+        if slow:
+            # Not the first, which carries messages too.
+            lines.append(f"src=h0/{names[-1]} gbps={chosen.gbps / chosen.slower}")
+        network.control(*lines)
         near, far = agents
         size = chosen.blocks * chosen.block
         source, target = near.buffer(2 * size, seed=1), far.buffer(2 * size)
