@@ -43,9 +43,10 @@ pub struct Group {
     _time: VirtualTime,
 }
 
-/// These parameters, and that the network is used: agents that are all in this process would reach one another without it.
+/// These parameters, and unless they say otherwise that the network is used: agents that are all in this process would reach one
+/// another without it.
 pub fn by_network(mut params: BTreeMap<String, String>) -> BTreeMap<String, String> {
-    params.insert("same_host".to_owned(), "off".to_owned());
+    params.entry("same_host".to_owned()).or_insert_with(|| "off".to_owned());
     params
 }
 

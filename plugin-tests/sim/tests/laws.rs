@@ -585,3 +585,48 @@ fn many_messages_at_once_find_receives() {
         group.close();
     }
 }
+
+/// Data of agents on one host passes by the network, and notifications do not: they come once, and never before it.
+#[test]
+fn neighbours_keep_the_laws_though_their_data_passes_by_the_network() {
+    let options = [OPTIONS, &[("same_host", "auto")]].concat();
+    for profile in PROFILES {
+        let mut group = Group::new(2, profile, 2, &options);
+        group.live(20);
+        let hold = |group: &Group, held| group.world.state().faults.held = held;
+        group.agents[0].arena.fill(0, 4096, 5);
+        group.agents[0].arena.fill(4096, 4096, 5);
+
+        hold(&group, Held::Rma);
+        let request = group.write(0, 1, (0, 4096), Some(b"first"));
+        assert_eq!(group.finish(0, &request), Ok(Status::Success), "{profile:?}: no NIC moves it");
+        assert_eq!(group.agents[1].arena.differs(0, 4096, 5), None, "{profile:?}: DONE means arrived");
+        assert!(group.live_until(1000, |group| group.got(1, b"first") == 1));
+
+        // Nothing at all gets through: the data is there, and who sent it is not told that the notification is.
+        hold(&group, Held::All);
+        let alone = group.write(0, 1, (4096, 4096), Some(b"second"));
+        assert!(!group.live_until(100, |group| group.got(1, b"second") > 0));
+        assert_eq!(group.agents[1].arena.differs(4096, 4096, 5), None);
+        hold(&group, Held::Nothing);
+        assert_eq!(group.finish(0, &alone), Ok(Status::Success));
+        assert!(group.live_until(1000, |group| group.got(1, b"second") == 1));
+
+        // What was deregistered there is reached no more, though the memory is still mapped in the process.
+        group.agents[0].arena.fill(0, 4096, 6);
+        let local = group.agents[1].local.take().unwrap();
+        assert_eq!(group.engine(1).deregister_mem(&local).map_err(|e| e.to_string()), Ok(()));
+        let outcome = group.engine(0).post_xfer(&request, Some(b"late"));
+        let error = outcome.and_then(|_| group.finish(0, &request)).unwrap_err();
+        assert!(error.to_string().contains("deregistered"), "{profile:?}: {error}");
+        assert_eq!(
+            group.agents[1].arena.differs(0, 4096, 5),
+            None,
+            "{profile:?}: written after deregistration"
+        );
+        assert!(!group.live_until(100, |group| group.got(1, b"late") > 0));
+        assert_eq!(group.agents[1].inbox.len(), 2);
+        drop((request, alone));
+        group.close();
+    }
+}
