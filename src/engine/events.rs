@@ -128,7 +128,7 @@ impl Shared {
             let mut events = Vec::new();
             self.part_over(&tag, outcome, &mut events);
             self.act(events);
-            if self.local.control_rail().has_mail() {
+            if self.local.has_mail() {
                 self.kick();
             }
         }

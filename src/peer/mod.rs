@@ -77,6 +77,11 @@ impl Local {
         std::slice::from_ref(self.control_rail())
     }
 
+    /// Whether a message was left with one of them.
+    pub fn has_mail(&self) -> bool {
+        self.message_rails().iter().any(|rail| rail.has_mail())
+    }
+
     /// The endpoints that peers should not use any more.
     fn retired(&self) -> [u64; 2] {
         let mut words = [0; 2];

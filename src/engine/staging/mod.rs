@@ -207,7 +207,7 @@ impl Staging {
             client.add(transfer);
         }
         handled += client.advance(self, streams, shared);
-        if shared.local.control_rail().has_mail() {
+        if shared.local.has_mail() {
             // Somebody waits for it: where there is no progress thread, the application's next call may be far.
             shared.kick();
         }
@@ -222,13 +222,13 @@ impl Arrived {
     }
 }
 
-/// Whether a peer's next word is waited for awake.
 /// There is something to do for whoever drives.
 fn rouse(shared: &Shared) {
     shared.mail.set_busy(true);
     shared.wake();
 }
 
+/// Whether a peer's next word is waited for awake.
 fn is_recent(last_word: Option<Instant>) -> bool {
     last_word.is_some_and(|at| at.elapsed() < AWAKE)
 }
