@@ -30,12 +30,19 @@ def time_transfers(worker, operation, near, far, peer, least, most, seconds):
     """Posts one request again and again; the seconds that each took until DONE."""
     handle = worker.prepare(operation, near, far, peer)
     agent, request = worker.agent, worker.handles[handle]
+    samples = sample(lambda: settle(agent, request, agent.transfer(request)), least, most, seconds)
+    worker.release(handle)
+    return samples
+
+
+def sample(work, least, most, seconds):
+    """The seconds of each run of `work`: for so long, but of these numbers of runs."""
     samples = []
     finish = 0.0
     # The first goes uncounted: it warms connections, caches and page tables.
     for turn in range(most + 1):
         start = time.perf_counter()
-        settle(agent, request, agent.transfer(request))
+        work()
         end = time.perf_counter()
         if turn == 0:
             finish = end + seconds
@@ -43,7 +50,6 @@ def time_transfers(worker, operation, near, far, peer, least, most, seconds):
         samples.append(end - start)
         if len(samples) >= least and end > finish:
             break
-    worker.release(handle)
     return samples
 
 
@@ -158,19 +164,10 @@ def time_bare_copies(worker, operation, near, far, pid, least, most, seconds):
         count = ctypes.c_ulong(len(some[0]))
         calls.append((some[0], count, some[1], count, sum(size for _, size in near[start : start + IOV_MAX])))
     pid, flags = ctypes.c_int(pid), ctypes.c_ulong(0)
-    samples = []
-    finish = 0.0
-    # The first goes uncounted, as with transfers.
-    for turn in range(most + 1):
-        start = time.perf_counter()
+
+    def copy():
         for here, here_count, there, there_count, size in calls:
             if call(pid, here, here_count, there, there_count, flags) != size:
                 raise RuntimeError(f"process_vm: {ctypes.get_errno()}")
-        end = time.perf_counter()
-        if turn == 0:
-            finish = end + seconds
-            continue
-        samples.append(end - start)
-        if len(samples) >= least and end > finish:
-            break
-    return samples
+
+    return sample(copy, least, most, seconds)

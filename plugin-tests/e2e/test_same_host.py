@@ -211,7 +211,11 @@ def keep_writing(worker, local, remote, peer, seconds):
 def deregister_and_watch(worker, region, buffer, seconds):
     """Deregisters, fills the memory, and says whether anybody writes it after that."""
     worker.deregister(region)
-    array = worker.buffers[buffer]
+    return is_left_alone(worker.buffers[buffer], seconds)
+
+
+def is_left_alone(array, seconds):
+    """Fills memory, and says whether nobody else writes it."""
     array[:] = 0xEE
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -247,13 +251,7 @@ def test_an_agent_that_goes_leaves_its_memory_alone(bed):
 
 def go_and_watch(worker, buffer, seconds):
     worker.close()
-    array = worker.buffers[buffer]
-    array[:] = 0xEE
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if not (array == 0xEE).all():
-            return False
-    return True
+    return is_left_alone(worker.buffers[buffer], seconds)
 
 
 def test_memory_registered_anew_is_reached_with_new_metadata_only(bed):

@@ -67,8 +67,7 @@ impl Remote {
     pub fn begin(self: &Arc<Self>, shared: &Shared, events: &mut Vec<Event>) {
         let tag = Arc::clone(self) as Tag;
         let rails = &shared.local.rails;
-        let prefer = |lane: Lane| !self.peer.avoids(lane.rail, lane.endpoint);
-        let way = |lane| self.way(lane, shared);
+        let (way, prefer) = (|lane| self.way(lane, shared), |lane| self.prefers(lane));
         let launched = self.transfer.launch(&tag, shared.turn(), rails, &shared.copies, way, prefer);
         self.part_over(if launched { Ok(()) } else { Err(no_rail(shared)) }, shared, events);
     }
@@ -76,8 +75,8 @@ impl Remote {
     /// A lane has left work of the transfer: others take over.
     pub fn go_on(&self, work: &Arc<Work>, why: Error, shared: &Shared, events: &mut Vec<Event>) {
         let rails = &shared.local.rails;
-        let prefer = |lane: Lane| !self.peer.avoids(lane.rail, lane.endpoint);
-        if !self.transfer.go_on(work, rails, |lane| self.way(lane, shared), prefer) {
+        let (way, prefer) = (|lane| self.way(lane, shared), |lane| self.prefers(lane));
+        if !self.transfer.go_on(work, rails, way, prefer) {
             self.fail(why.context("no other rail is left for it"), events);
             return;
         }
@@ -99,6 +98,11 @@ impl Remote {
     fn way(&self, lane: Lane, shared: &Shared) -> Option<Destination> {
         let works = shared.local.rails[lane.rail.index()].failure().is_none();
         (works && !self.peer.has_retired(lane.endpoint)).then(|| self.peer.destination(lane.endpoint))
+    }
+
+    /// Whether a lane has not failed to lead to the peer lately.
+    fn prefers(&self, lane: Lane) -> bool {
+        !self.peer.avoids(lane.rail, lane.endpoint)
     }
 
     /// A part of the post is over: its work, its notification, or what the poster had to do.

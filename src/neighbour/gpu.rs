@@ -64,9 +64,7 @@ impl Neighbour {
         if self.process.pid() == std::process::id() {
             return Err(Error::not_supported("it is memory of this process, which CUDA does not map again"));
         }
-        let slot =
-            self.slot().ok_or_else(|| Error::not_supported("too many reach its agent's memory at a time"))?;
-        let turn = slot.begin_long()?;
+        let turn = self.slot_for_trial()?.begin_long()?;
         let region = NeighbourRegion { neighbour: Arc::clone(self), entry };
         let region = GpuRegion { region, what: Arc::clone(what), context: context.clone() };
         let (base, span) = region.span(&turn)?;
@@ -77,15 +75,6 @@ impl Neighbour {
             log::info!("GPU memory of process {} is reached by CUDA", self.process.pid());
         }
         Ok(region)
-    }
-
-    /// An error if its process has ended: to be asked when copies are over, because a mapping keeps the memory, and copies into
-    /// it go well.
-    pub fn check_lives(&self) -> Result<()> {
-        if self.process.has_ended() {
-            return Err(Error::disconnected(format!("its process ({}) has ended", self.process.pid())));
-        }
-        Ok(())
     }
 
     /// Lets go of what the neighbour has deregistered, and of everything if its process has ended.
@@ -150,13 +139,7 @@ impl GpuRegion {
         if !Arc::ptr_eq(neighbour, &turn.slot.neighbour) {
             return Err(Error::invalid("a copy is of another neighbour's memory"));
         }
-        if !neighbour.board.is_open() {
-            return Err(Error::disconnected("its agent has gone"));
-        }
-        let (addr, len) = neighbour
-            .board
-            .region(*entry)
-            .ok_or_else(|| Error::not_found("GPU memory of the peer was deregistered there"))?;
+        let (addr, len) = neighbour.find(*entry)?;
         if neighbour.is_unmapped.load(Ordering::SeqCst) {
             return Err(Error::disconnected("the peer was removed"));
         }

@@ -107,8 +107,7 @@ impl Neighbour {
     /// Tries whether a region can be reached: its first and its last byte are read. Memory of a device that is mapped into the
     /// process may not be.
     pub fn reaches(self: &Arc<Self>, entry: BoardEntry, addr: u64, len: u64) -> Result<()> {
-        let slot =
-            self.slot().ok_or_else(|| Error::not_supported("too many reach its agent's memory at a time"))?;
+        let slot = self.slot_for_trial()?;
         let turn = slot.begin()?;
         turn.check_entry(entry, addr, len)?;
         for at in [addr, addr + len.saturating_sub(1)] {
@@ -124,6 +123,28 @@ impl Neighbour {
         Some(Slot { neighbour: Arc::clone(self), number })
     }
 
+    fn slot_for_trial(self: &Arc<Self>) -> Result<Slot> {
+        self.slot().ok_or_else(|| Error::not_supported("too many reach its agent's memory at a time"))
+    }
+
+    /// Where a region lies in the process: to be asked within a turn.
+    fn find(&self, entry: BoardEntry) -> Result<(u64, u64)> {
+        if !self.board.is_open() {
+            return Err(Error::disconnected("its agent has gone"));
+        }
+        self.board.region(entry).ok_or_else(|| Error::not_found("the region was deregistered there"))
+    }
+
+    /// An error if its process has ended: to be asked when a GPU's copies are over, because a mapping keeps the memory, and
+    /// copies into it go well.
+    pub fn check_lives(&self) -> Result<()> {
+        if self.process.has_ended() { Err(self.ended()) } else { Ok(()) }
+    }
+
+    fn ended(&self) -> Error {
+        Error::disconnected(format!("its process ({}) has ended", self.process.pid()))
+    }
+
     /// Fails unless the process is still the one that was met.
     fn check_face(&self) -> Result<()> {
         let face = self.process.read_bytes(self.info.board_addr).map_err(|e| self.broken(&e))?;
@@ -135,7 +156,7 @@ impl Neighbour {
 
     fn broken(&self, e: &io::Error) -> Error {
         if e.kind() == io::ErrorKind::NotFound || self.process.has_ended() {
-            return Error::disconnected(format!("its process ({}) has ended", self.process.pid()));
+            return self.ended();
         }
         if e.kind() == io::ErrorKind::PermissionDenied && !self.lost.swap(true, Ordering::Relaxed) {
             log::warn!(
@@ -205,11 +226,8 @@ impl Turn<'_> {
     }
 
     fn check_entry(&self, entry: BoardEntry, addr: u64, len: u64) -> Result<()> {
-        if !self.neighbour.board.is_open() {
-            return Err(Error::disconnected("its agent has gone"));
-        }
-        let gone = || Error::not_found(format!("{addr:#x}+{len} was deregistered there"));
-        let (start, bytes) = self.neighbour.board.region(entry).ok_or_else(gone)?;
+        let found = self.neighbour.find(entry);
+        let (start, bytes) = found.map_err(|e| e.context(format_args!("{addr:#x}+{len}")))?;
         let inside = addr >= start && addr - start <= bytes && len <= bytes - (addr - start);
         if inside { Ok(()) } else { Err(Error::invalid(format!("{addr:#x}+{len} is not inside its region"))) }
     }

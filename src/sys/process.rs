@@ -169,19 +169,8 @@ impl Process {
     /// # Safety
     /// The local ranges must be memory that may be written, and that nothing in this process relies on meanwhile.
     pub unsafe fn read(&self, here: &[Range], there: &[Range]) -> io::Result<u64> {
-        // SAFETY: both pointers and counts describe slices of `iovec`s, which `Range` is in memory, that live across the call. What
-        // it writes is the caller's promise; the remote side is checked by the kernel.
-        let copied = unsafe {
-            libc::process_vm_readv(
-                self.pid as libc::pid_t,
-                here.as_ptr().cast(),
-                here.len() as libc::c_ulong,
-                there.as_ptr().cast(),
-                there.len() as libc::c_ulong,
-                0,
-            )
-        };
-        outcome(copied)
+        // SAFETY: what the call writes here is the caller's promise.
+        unsafe { self.copy(libc::process_vm_readv, here, there) }
     }
 
     /// Copies from our memory into its; else as [`read`](Self::read).
@@ -189,27 +178,42 @@ impl Process {
     /// # Safety
     /// The local ranges must be memory that may be read.
     pub unsafe fn write(&self, here: &[Range], there: &[Range]) -> io::Result<u64> {
-        // SAFETY: as in `read`; memory of this process is only read.
+        // SAFETY: the call only reads memory of this process, which the caller says it may.
+        unsafe { self.copy(libc::process_vm_writev, here, there) }
+    }
+
+    /// # Safety
+    /// `call` must be one of the two, and the local ranges as it wants them.
+    unsafe fn copy(&self, call: CopyCall, here: &[Range], there: &[Range]) -> io::Result<u64> {
+        let (here_count, there_count) = (here.len() as libc::c_ulong, there.len() as libc::c_ulong);
+        // SAFETY: both pointers and counts describe slices of `iovec`s, which `Range` is in memory, that live across the call. The
+        // remote side is checked by the kernel; the local one is the caller's promise.
         let copied = unsafe {
-            libc::process_vm_writev(
+            call(
                 self.pid as libc::pid_t,
                 here.as_ptr().cast(),
-                here.len() as libc::c_ulong,
+                here_count,
                 there.as_ptr().cast(),
-                there.len() as libc::c_ulong,
+                there_count,
                 0,
             )
         };
-        outcome(copied)
+        u64::try_from(copied).map_err(|_| {
+            let e = io::Error::last_os_error();
+            if e.raw_os_error() == Some(libc::ESRCH) { gone() } else { e }
+        })
     }
 }
 
-fn outcome(copied: isize) -> io::Result<u64> {
-    u64::try_from(copied).map_err(|_| {
-        let e = io::Error::last_os_error();
-        if e.raw_os_error() == Some(libc::ESRCH) { gone() } else { e }
-    })
-}
+/// `process_vm_readv(2)` or `process_vm_writev(2)`.
+type CopyCall = unsafe extern "C" fn(
+    libc::pid_t,
+    *const libc::iovec,
+    libc::c_ulong,
+    *const libc::iovec,
+    libc::c_ulong,
+    libc::c_ulong,
+) -> isize;
 
 fn gone() -> io::Error {
     io::Error::new(io::ErrorKind::NotFound, "the process has ended")
