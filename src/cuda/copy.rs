@@ -1,26 +1,15 @@
-//! Copies on a stream of our own, polled by whoever drives progress, and page-locked host memory.
+//! Copies on a stream of our own, polled by whoever drives progress.
 
 use std::collections::VecDeque;
-use std::ffi::c_void;
-use std::fmt;
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::Context;
 use super::kernel::{Kernel, Table};
-use super::{Context, Mapping, describe};
+use super::span::{Batch, Keep, Owner, Piece, Span};
 use crate::error::{Error, Result};
-use crate::fabric::{KeptMemory, MemoryRange};
-use crate::sys::cuda::{self as sys, CUcontext, CUevent, CUstream};
-
-/// Most bytes of one page-locked buffer.
-pub const PINNED_BYTES_MAX: usize = 1 << 30;
-
-/// Shorter pieces are copied by a kernel of ours, where there are several: each copy that the driver queues costs some 2 us of a
-/// processor and leaves the GPU idle for as long, and an H200 moves 4 MB meanwhile (2.1 TB/s within it).
-/// `plugin-tests/gpu` has a sweep (`cases.py sweep`) to set it from.
-const KERNEL_PIECE_BYTES_MAX: u64 = 4 << 20;
+use crate::sys::cuda::{self as sys, CUevent, CUstream};
 
 /// Fewer pieces than this are left to the driver, whatever their length: a launch costs as much as a copy or two.
 const KERNEL_PIECES_MIN: usize = 4;
@@ -34,163 +23,9 @@ const IDLE_EVENTS_MAX: usize = 64;
 /// Most copies dropped while in flight; one more waits for the stream to empty.
 const ABANDONED_MAX: usize = 1024;
 
-/// Bytes at each end of a range that are read to see whether it can be reached, and how long that may take: a GPU that is busy
-/// copies in between.
-const TRIED_BYTES: u64 = 16;
-const TRY_MS_MAX: u64 = 1000;
-
 /// How long the end of a stream waits for its copies: far more than any copy takes, so running into it means that the
 /// device is lost.
 const DRAIN_MS_MAX: u64 = 10_000;
-
-/// What a copy needs until it is over.
-pub type Owner = Arc<dyn fmt::Debug + Send + Sync>;
-
-/// A range of host or device memory to copy from or to.
-///
-/// One of the user's memory lies within a [`MemoryRange`], which stands for the promise that it stays allocated until copies that
-/// name it are done. One of a [`Pinned`] buffer or of a [`Mapping`] keeps that by itself.
-#[derive(Debug, Clone)]
-pub struct Span {
-    addr: u64,
-    len: u64,
-    owner: Option<Owner>,
-    /// The context whose kernels may touch it; NULL where none is known.
-    kernels: CUcontext,
-}
-
-impl Span {
-    /// The `len` bytes at `addr` of registered memory. `InvalidParam` if they are not within it, or start at zero.
-    pub fn registered(memory: MemoryRange, addr: u64, len: u64) -> Result<Self> {
-        if addr == 0 || !memory.contains(addr, len) {
-            let (start, bytes) = (memory.addr(), memory.len());
-            return Err(Error::invalid(format!("{addr:#x}+{len:#x} is not within {start:#x}+{bytes:#x}")));
-        }
-        Ok(Self { addr, len, owner: None, kernels: CUcontext::NULL })
-    }
-
-    /// A part of a mapping, which it keeps.
-    pub(super) fn mapped(mapping: &Arc<Mapping>, addr: u64, len: u64) -> Self {
-        let kernels = mapping.context().handle();
-        Self { addr, len, owner: Some(Arc::clone(mapping) as Owner), kernels }
-    }
-
-    /// The same, of which it is known that [kernels](super::Cuda::kernels_reach) of this context may touch it.
-    #[must_use]
-    pub fn with_kernels_of(self, context: &Context) -> Self {
-        Self { kernels: context.handle(), ..self }
-    }
-
-    /// `len` bytes of this range from `offset` on. `InvalidParam` if they leave it.
-    pub fn part(&self, offset: u64, len: u64) -> Result<Self> {
-        self.check_part(offset, len)?;
-        Ok(Self { addr: self.addr + offset, len, owner: self.owner.clone(), kernels: self.kernels })
-    }
-
-    fn check_part(&self, offset: u64, len: u64) -> Result<()> {
-        match offset.checked_add(len) {
-            Some(end) if end <= self.len => Ok(()),
-            _ => Err(Error::invalid(format!("bytes {offset}+{len} are not within a range of {}", self.len))),
-        }
-    }
-
-    /// Reads its first and its last bytes by a copy in this context: whether it can be reached at all.
-    pub fn try_reading(&self, context: &Context) -> Result<()> {
-        let len = self.len.min(TRIED_BYTES);
-        let (buffer, stream) = (Pinned::new(context, 2 * TRIED_BYTES as usize)?, Stream::new(context)?);
-        let mut batch = Batch::default();
-        batch.add(&buffer.span(), 0, self, 0, len)?;
-        batch.add(&buffer.span(), len, self, self.len - len, len)?;
-        stream.start(batch)?.wait(Duration::from_millis(TRY_MS_MAX))
-    }
-
-    /// First address.
-    pub fn addr(&self) -> u64 {
-        self.addr
-    }
-
-    /// Length in bytes.
-    pub fn len(&self) -> u64 {
-        self.len
-    }
-
-    /// Whether the range has no bytes.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-}
-
-/// A piece to copy, within what a [`Batch`] keeps.
-#[derive(Debug, Clone, Copy)]
-struct Piece {
-    to: u64,
-    from: u64,
-    len: u64,
-    /// The context whose kernels may touch both ends.
-    kernels: CUcontext,
-}
-
-impl Piece {
-    /// Whether a kernel copies it, where there are several.
-    fn is_small(&self) -> bool {
-        !self.kernels.is_null() && self.len < KERNEL_PIECE_BYTES_MAX
-    }
-}
-
-/// Pieces to be copied in one go.
-#[derive(Debug, Default)]
-pub struct Batch {
-    pieces: Vec<Piece>,
-    keep: Keep,
-    /// Pieces that a kernel copies, if it can.
-    small: usize,
-}
-
-impl Batch {
-    /// One with room for so many pieces.
-    pub fn with_capacity(pieces: usize) -> Self {
-        Self { pieces: Vec::with_capacity(pieces), keep: Keep::new(), small: 0 }
-    }
-
-    /// Adds `len` bytes: from an offset in `from` to one in `to`. `InvalidParam` if they leave either.
-    pub fn add(&mut self, to: &Span, to_offset: u64, from: &Span, from_offset: u64, len: u64) -> Result<()> {
-        to.check_part(to_offset, len)?;
-        from.check_part(from_offset, len)?;
-        for owner in [&to.owner, &from.owner].into_iter().flatten() {
-            // Few different ones, and mostly the last.
-            if !self.keep.iter().rev().any(|known| Arc::ptr_eq(known, owner)) {
-                self.keep.push(Arc::clone(owner));
-            }
-        }
-        let kernels = if to.kernels == from.kernels { to.kernels } else { CUcontext::NULL };
-        let piece = Piece { to: to.addr + to_offset, from: from.addr + from_offset, len, kernels };
-        if len > 0 {
-            self.small += usize::from(piece.is_small());
-            self.pieces.push(piece);
-        }
-        Ok(())
-    }
-
-    /// Keeps something until the copies are over, and longer than what was added before.
-    pub fn keep(&mut self, owner: Owner) {
-        self.keep.push(owner);
-    }
-
-    /// How many of its pieces the driver copies, one by one, on a stream that [has a kernel](Stream::has_kernel) or none.
-    pub fn singles(&self, has_kernel: bool) -> usize {
-        self.pieces.len() - if has_kernel { self.small } else { 0 }
-    }
-
-    /// How many pieces it has.
-    pub fn len(&self) -> usize {
-        self.pieces.len()
-    }
-
-    /// Whether there is nothing to copy.
-    pub fn is_empty(&self) -> bool {
-        self.pieces.is_empty()
-    }
-}
 
 /// A stream of our own: its copies wait for no work of the application, not even for the legacy default stream.
 ///
@@ -216,9 +51,6 @@ struct Events {
     /// Copies whose [`InFlight`] was dropped while they flew, oldest first, and the buffers they need until they are done.
     abandoned: VecDeque<(CUevent, Keep)>,
 }
-
-/// Page-locked buffers and mappings that copies in flight name.
-type Keep = Vec<Owner>;
 
 impl Stream {
     /// A stream in a context. For copies between devices, a context of the source.
@@ -247,10 +79,10 @@ impl Stream {
     pub fn copy_all(&self, pairs: impl IntoIterator<Item = (Span, Span)>) -> Result<InFlight> {
         let mut batch = Batch::default();
         for (to, from) in pairs {
-            if to.len != from.len {
-                return Err(Error::invalid(format!("a copy of {} bytes into {}", from.len, to.len)));
+            if to.len() != from.len() {
+                return Err(Error::invalid(format!("a copy of {} bytes into {}", from.len(), to.len())));
             }
-            batch.add(&to, 0, &from, 0, to.len)?;
+            batch.add(&to, 0, &from, 0, to.len())?;
         }
         self.start(batch)
     }
@@ -609,100 +441,28 @@ fn poll_until(limit: Duration, mut done: impl FnMut() -> Result<bool>) -> Result
     Err(Error::backend(format!("GPU copies not done after {} ms", limit.as_millis())))
 }
 
-/// Page-locked host memory, which a GPU copies from and to at full speed and asynchronously.
-///
-/// The GPU and the NIC write it, so it is no slice: [`Pinned::read`] and [`Pinned::write`] copy. It is freed when it and
-/// the copies that name it are gone.
-pub struct Pinned(Arc<Memory>);
+/// The streams on which GPUs copy, one for each context, made when first needed.
+#[derive(Default)]
+pub struct Streams(Mutex<Vec<Stream>>);
 
-struct Memory {
-    context: Context,
-    base: NonNull<u8>,
-    len: usize,
-}
-
-// SAFETY: it owns plain memory that is not bound to a thread; Rust accesses it by the copies of `Pinned` alone.
-unsafe impl Send for Memory {}
-// SAFETY: as above; a shared `Pinned` only reads, and writing takes an exclusive one.
-unsafe impl Sync for Memory {}
-
-impl fmt::Debug for Memory {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:p}+{:#x}", self.base, self.len)
-    }
-}
-
-impl Pinned {
-    /// `len` bytes, at most [`PINNED_BYTES_MAX`], zeroed, page-locked for every context.
-    pub fn new(context: &Context, len: usize) -> Result<Self> {
-        if len == 0 || len > PINNED_BYTES_MAX {
-            let what = format!("a page-locked buffer of {len} bytes (1 to {PINNED_BYTES_MAX} are possible)");
-            return Err(Error::invalid(what));
+impl Streams {
+    /// The stream of a context.
+    pub fn get(&self, context: &Context) -> Result<Stream> {
+        let mut streams = self.lock();
+        if let Some(stream) = streams.iter().find(|stream| stream.context() == context) {
+            return Ok(stream.clone());
         }
-        let cuda = context.cuda();
-        let mut base: *mut c_void = std::ptr::null_mut();
-        // SAFETY: writes one pointer.
-        let rc = context.with(|| unsafe {
-            (cuda.api().mem_host_alloc)(&raw mut base, len, sys::MEMHOSTALLOC_PORTABLE)
-        })?;
-        cuda.check("cuMemHostAlloc", rc).map_err(|e| e.context(format!("page-locking {len} bytes")))?;
-        let base = NonNull::new(base.cast::<u8>())
-            .ok_or_else(|| Error::backend("cuMemHostAlloc succeeded without memory"))?;
-        // SAFETY: `len` bytes at `base` were allocated just now and are ours alone.
-        unsafe { base.write_bytes(0, len) };
-        Ok(Self(Arc::new(Memory { context: context.clone(), base, len })))
+        let stream = Stream::new(context)?;
+        streams.push(stream.clone());
+        Ok(stream)
     }
 
-    /// The whole buffer. Copies keep it; whoever hands its address to a NIC keeps it for as long as that takes.
-    pub fn span(&self) -> Span {
-        let (addr, len) = (self.0.base.as_ptr() as u64, self.0.len as u64);
-        Span { addr, len, owner: Some(self.0.clone() as Owner), kernels: CUcontext::NULL }
+    /// The next copy in this context gets a new stream: the application may have reset the device.
+    pub fn forget(&self, context: &Context) {
+        self.lock().retain(|stream| stream.context() != context);
     }
 
-    /// Copies bytes from `offset` on out of the buffer. `InvalidParam` if they leave it.
-    pub fn read(&self, offset: usize, into: &mut [u8]) -> Result<()> {
-        let from = self.at(offset, into.len())?;
-        // SAFETY: the range is within the buffer, which lives; `into` is Rust memory and cannot overlap it.
-        unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) };
-        Ok(())
-    }
-
-    /// Copies bytes into the buffer from `offset` on. `InvalidParam` if they leave it.
-    pub fn write(&mut self, offset: usize, bytes: &[u8]) -> Result<()> {
-        let to = self.at(offset, bytes.len())?;
-        // SAFETY: as in `read`; the exclusive borrow keeps other writes of ours away.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
-        Ok(())
-    }
-
-    /// Where `len` bytes from `offset` on begin, if they are within the buffer.
-    fn at(&self, offset: usize, len: usize) -> Result<*mut u8> {
-        self.span().part(offset as u64, len as u64)?;
-        // SAFETY: the offset is at most the length of the buffer.
-        Ok(unsafe { self.0.base.as_ptr().add(offset) })
-    }
-}
-
-// SAFETY: the buffer is allocated once, never moves and is freed by `Memory::drop` alone; nothing refers to its bytes.
-unsafe impl KeptMemory for Pinned {
-    fn addr(&self) -> u64 {
-        self.0.base.as_ptr() as u64
-    }
-
-    fn len(&self) -> u64 {
-        self.0.len as u64
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        let cuda = self.context.cuda();
-        // SAFETY: allocated by `Pinned::new`, freed once: the last of the buffer and of the copies that name it is gone.
-        let freed = self.context.with(|| unsafe { (cuda.api().mem_free_host)(self.base.as_ptr().cast()) });
-        match freed {
-            Ok(sys::SUCCESS | sys::ERROR_DEINITIALIZED) => {}
-            Ok(rc) => log::warn!("cuMemFreeHost: {}", describe(cuda.api(), rc)),
-            Err(why) => log::warn!("freeing page-locked memory: {why}"),
-        }
+    fn lock(&self) -> MutexGuard<'_, Vec<Stream>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

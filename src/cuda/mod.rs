@@ -15,8 +15,10 @@ mod copy;
 mod dmabuf;
 mod kernel;
 pub mod neuron;
+mod pinned;
 mod pointer;
 mod share;
+mod span;
 
 use std::ffi::{CStr, c_char, c_int, c_uint};
 use std::path::{Path, PathBuf};
@@ -28,10 +30,12 @@ use crate::types::PciAddress;
 pub use crate::wire::gpu::{Handle, Shareable};
 
 pub use context::Context;
-pub use copy::{Batch, InFlight, Owner, PINNED_BYTES_MAX, Pinned, Span, Stream};
+pub use copy::{InFlight, Stream, Streams};
 pub use dmabuf::{DmaBuf, Export, plan_exports};
+pub use pinned::{PINNED_BYTES_MAX, Pinned};
 pub use pointer::{Allocation, Kind, SEGMENTS_MAX, Segment};
 pub use share::{Lent, Mapping};
+pub use span::{Batch, Owner, Span};
 
 /// Environment variable that names the CUDA driver library, in place of the search for `libcuda.so.1`.
 pub const LIBRARY_ENV: &str = "NIXL_LIBFABRIC_LIBCUDA";

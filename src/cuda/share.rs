@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::copy::Span;
+use super::Span;
 use super::{Allocation, Context, Cuda, Kind, check};
 use crate::error::{Error, Result};
 use crate::sys::cuda::{self as sys, CUipcMemHandle, CUmemAccessDesc, CUmemHandle, CUmemLocation};

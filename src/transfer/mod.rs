@@ -7,7 +7,7 @@ mod rates;
 mod request;
 mod state;
 
-pub use copies::{Copies, CopyList, CopyOver, CopyPair, Far, Streams};
+pub use copies::{Copies, CopyList, CopyOver, CopyPair, Far};
 pub use rates::Rates;
 pub use request::{Next, Part, Transfer};
 pub use state::PostState;

@@ -27,11 +27,10 @@ use self::server::Server;
 pub use self::transfer::{StagedPiece, StagedTransfer};
 use super::mail::Note;
 use super::shared::Shared;
-use crate::cuda::{Context, InFlight, Span};
+use crate::cuda::{Context, InFlight, Span, Streams};
 use crate::error::{Error, Result};
 use crate::memory::Registration;
 use crate::peer::Peer;
-use crate::transfer::Streams;
 use crate::types::Desc;
 
 /// Ranges of GPU memory that one turn begins to copy for peers, and as many for transfers of this agent: each is a call of
