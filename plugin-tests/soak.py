@@ -1,6 +1,6 @@
-"""Random work on agents over software EFA devices, with random faults, until it is stopped: `make soak`.
+"""Random work on agents of every fabric, with random faults, until it is stopped: `make soak`.
 
-Each round draws everything from its seed: devices, fabric, libfabric, progress threads, order, faults, transfers, and what
+Each round draws everything from its seed: fabric, devices, libfabric, progress threads, order, faults, transfers, and what
 happens to whom. A failure prints the seed and the command that replays it, and ends the soak.
 
     target/venv/bin/python plugin-tests/soak.py [--seed FIRST] [--rounds COUNT] [--plugin ours]
@@ -20,14 +20,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "e2e"))
 
 from bed.agent import Agent, Refused
-from bed.places import TARGET, Host
+from bed.networks import TwoHosts
+from bed.places import LIBFABRIC_VERSIONS, TARGET, Host
 from bed.softefa import SoftEfa
 
 MIB = 1 << 20
 REGION = 6 * MIB
 STEPS = 60
 WAIT_S = 60
-LIBFABRICS = ["2.5.1", "2.4.0"]
+# With how many devices a host may be there: software EFA devices under libfabric's two fabrics, and of a kind that cannot write;
+# Ethernet links; processes of one host that reach each other's memory.
+FABRICS = {
+    "efa": [1, 2, 4, 4, 8],
+    "efa-direct": [1, 2, 4, 4, 8],
+    "efa on p4d": [1, 2, 4],
+    "tcp": [1, 2],
+    "one host": [1, 2],
+}
+EFA_LIBFABRICS = ["2.5.1", "2.4.0"]
 # Faults that delay and disorder, and fail nothing.
 MILD = ["", "reorder_us=800 hold_pct=60", "ack_delay_us=200 jitter_us=200", "rnr_pct=15", "gbps=8", "shuffle=0 hold_pct=0"]
 # Faults that may end a transfer to or from host h{victim} in an error.
@@ -42,15 +52,22 @@ HARSH = [
 class Round:
     def __init__(self, seed, plugin, folder):
         self.dice = dice = random.Random(seed)
-        self.fabric = dice.choice(["efa", "efa", "efa-direct"])
-        devices, self.libfabric = dice.choice([1, 2, 4, 4, 8]), dice.choice(LIBFABRICS)
-        self.network = SoftEfa(devices, self.fabric, seed=seed)
+        fabric = dice.choice(list(FABRICS))
+        self.is_efa = fabric.startswith("efa")
+        self.devices = dice.choice(FABRICS[fabric])
         self.plugin, self.folder = plugin, folder
         self.agents = []
         self.texts = itertools.count()
-        self.story = [f"{self.fabric}, {devices} devices, libfabric {self.libfabric}"]
+        libfabric = dice.choice(EFA_LIBFABRICS if self.is_efa else LIBFABRIC_VERSIONS)
+        self.story = [f"{fabric}, {self.devices} devices, libfabric {libfabric}"]
+        self.host = Host(plugin, libfabric=libfabric, extra=(("NIXL_LIBFABRIC_SAME_HOST", "auto"),) * (fabric == "one host"))
         self.mild = dice.choice(MILD)
-        self.network.control(f"seed={seed}", self.mild)
+        if self.is_efa:
+            topology = "p4d.24xlarge" if fabric.endswith("p4d") else "p5.48xlarge"
+            self.network = SoftEfa(self.devices, fabric.split()[0], topology, seed)
+        else:
+            self.network = TwoHosts(links=self.devices)
+        self.faults()
         for index in range(dice.randrange(2, 5)):
             self.agents.append(self.start(index))
         self.meet()
@@ -59,12 +76,17 @@ class Round:
         progress = self.dice.random() < 0.5
         self.story.append(f"h{index} starts, progress thread {progress}")
         name = f"h{index}"
-        agent = Agent(name, Host(self.plugin, libfabric=self.libfabric), self.network.host(index), self.folder / f"{name}.log")
+        agent = Agent(name, self.host, self.network.space(index), self.folder / f"{name}.log")
         options = {"connect_timeout_ms": 5000} if self.plugin == "ours" else {}
         agent.create(progress_thread=progress, **options)
         agent.index = index
         agent.give, agent.take = agent.buffer(REGION, seed=index), agent.buffer(REGION)
         return agent
+
+    def faults(self, *faults):
+        """Replaces the devices' faults."""
+        if self.is_efa:
+            self.network.control(f"seed={self.dice.randrange(1000)}", self.mild, *faults)
 
     def meet(self):
         for one, other in itertools.permutations(self.agents, 2):
@@ -155,7 +177,7 @@ class Round:
         """Faults at one host for a while. What concerns it may fail; it starts anew when they are over."""
         fault = self.dice.choice(HARSH).format(victim=far.index)
         self.story.append(f"faults: {fault}")
-        self.network.control(f"seed={self.dice.randrange(1000)}", self.mild, fault)
+        self.faults(fault)
         for _ in range(3):
             handle = None
             try:
@@ -170,13 +192,32 @@ class Round:
                 # Others are not concerned.
                 one, other = self.dice.sample([agent for agent in bystanders if agent is not near], 2)
                 self.transfer(one, other)
-        self.network.control(f"seed={self.dice.randrange(1000)}", self.mild)
+        self.faults()
+        far.kill()
+        near.call("receive", 1000, 0.2)
+        self.replace(far)
+
+    def lose_device(self, near, far):
+        """A device of one dies, or its link goes down, for a while: everything goes over its others."""
+        device = self.dice.choice(sorted(self.network.host(far.index).counters()))
+        fault = f"host=h{far.index}/{device} {self.dice.choice(['dead=1', 'drop_pct=100'])} unreachable_ms=200"
+        self.story.append(f"faults: {fault}")
+        self.faults(fault)
+        for _ in range(3):
+            self.transfer(*self.dice.sample([near, far], 2))
+        self.faults()
+        # Its device stays out of use until it is started anew.
         far.kill()
         near.call("receive", 1000, 0.2)
         self.replace(far)
 
     def run(self):
-        deeds = [self.transfer] * 12 + [self.word] * 4 + [self.forget] * 2 + [self.pause, self.restart, self.misery]
+        deeds = [self.transfer] * 12 + [self.word] * 4 + [self.forget] * 2 + [self.pause, self.restart]
+        if self.is_efa:
+            deeds.append(self.misery)
+        # What a p4d writes is several packets, and not over for the device when one fails.
+        if self.is_efa and self.devices > 1 and self.network.writes:
+            deeds.append(self.lose_device)
         for _ in range(STEPS):
             self.dice.choice(deeds)(*self.pair())
         for agent in self.agents:
@@ -197,7 +238,8 @@ def main():
     options.add_argument("--minutes", type=float, default=0, help="begin no round after so long; 0: until stopped")
     options.add_argument("--plugin", default="ours", choices=["ours", "stock"])
     chosen = options.parse_args()
-    start, folder = time.monotonic(), TARGET / "soak"
+    # Several soaks may run at a time.
+    start, folder = time.monotonic(), TARGET / "soak" / str(chosen.seed)
     for number in itertools.count():
         if number == chosen.rounds > 0 or 0 < chosen.minutes * 60 < time.monotonic() - start:
             break
