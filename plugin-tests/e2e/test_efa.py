@@ -230,8 +230,8 @@ def test_device_that_dies(bed, efa, progress, how, carries_messages):
     """A device of the peer dies in the middle, or its link goes down: transfers and notifications get there by the others."""
     if not efa.writes and carries_messages:
         pytest.skip("what a p4d writes are messages, and fail with their endpoint")
-    # Where the target reads in place of it, libfabric does not tell the sender that it could not.
-    limit = {} if efa.writes else {"transfer_timeout_ms": 6000}
+    # Where the target reads in place of it, libfabric does not tell the sender that it could not: the sender asks.
+    limit = {} if efa.writes else {"connect_timeout_ms": 8000}
     first, second = bed.pair(progress_thread=progress, **limit)
     third = bed.agent("third", progress_thread=progress)
     first.knows(third), third.knows(first)

@@ -64,6 +64,12 @@ impl Shared {
                 }
                 Ok(())
             }
+            Event::WorkWaits { work } => {
+                if let Some(transfer) = remote::of_tag(work.tag()) {
+                    transfer.widen(&work, self, next);
+                }
+                Ok(())
+            }
             Event::MessageReturned { message, rail, error } => {
                 let (before, after) = self.local.rails.split_at(rail.index() + 1);
                 let mut others = after.iter().chain(before).filter(|other| other.id() != rail);

@@ -80,15 +80,26 @@ impl Remote {
             self.fail(why.context("no other rail is left for it"), events);
             return;
         }
+        self.drive_rails(shared, events);
+    }
+
+    /// A lane of work waits: others may do it meanwhile.
+    pub fn widen(&self, work: &Arc<Work>, shared: &Shared, events: &mut Vec<Event>) {
+        let (way, prefer) = (|lane| self.way(lane, shared), |lane| self.prefers(lane));
+        self.transfer.widen(work, &shared.local.rails, way, prefer);
+        self.drive_rails(shared, events);
+    }
+
+    fn drive_rails(&self, shared: &Shared, events: &mut Vec<Event>) {
         let room = shared.inbox.has_room();
         for rail in self.transfer.rails() {
-            shared.vram.within(|| rails[rail.index()].drive(room, events));
+            shared.vram.within(|| shared.local.rails[rail.index()].drive(room, events));
         }
     }
 
     /// Work is done: lanes that did not reach the peer are the worse for it, because others did.
     pub fn work_done(&self, work: &Arc<Work>, shared: &Shared) {
-        for (lane, why) in self.transfer.lost(work) {
+        for (lane, why) in self.transfer.useless(work) {
             let rail = &shared.local.rails[lane.rail.index()];
             self.peer.avoid(lane.rail, lane.endpoint, rail.device().domain_name(), &why);
         }

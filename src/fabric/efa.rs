@@ -237,7 +237,7 @@ pub(super) fn emulates_writes(get: impl FnOnce(c_int) -> Option<bool>) -> bool {
         ONCE.call_once(|| {
             log::info!(
                 "these EFA devices have no RDMA write: libfabric has the peer's software fetch what is written \
-                 (FI_OPT_EFA_EMULATED_WRITE). A write to a peer that dies may wait for ever: transfer_timeout_ms bounds it"
+                 (FI_OPT_EFA_EMULATED_WRITE). Of a fetch that fails there nothing tells: transfer_timeout_ms bounds it"
             );
         });
     }

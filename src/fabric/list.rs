@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::error::FabricError;
-use super::memory::MemoryRegion;
+use super::memory::{MemoryRegion, RegisteredBuffer};
 
 /// One RMA operation: a piece of local memory and its place at the peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,6 +103,16 @@ impl RmaList {
     /// The operations.
     pub fn slices(&self) -> &[Slice] {
         &self.slices
+    }
+
+    /// One byte of the remote memory of a lane, to be read into a buffer.
+    pub fn probe(&self, lane: u16, answer: &RegisteredBuffer) -> Result<Self, FabricError> {
+        let (Some(slice), Some(ways)) = (self.slices.first(), self.lane(lane)) else {
+            return Err(refused(format!("{self:?} has no lane {lane}")));
+        };
+        let way = Way { region: answer.region().clone(), key: ways[slice.pair as usize].key };
+        let byte = Slice { local_addr: answer.addr_of(0), remote_addr: slice.remote_addr, len: 1, pair: 0 };
+        Self::new(vec![byte], vec![way], 1)
     }
 
     /// The ways of a lane, one for each pair. All are of one NIC.

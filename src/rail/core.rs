@@ -12,6 +12,7 @@ use slab::Slab;
 use super::destination::{DestinationKey, Destinations};
 use super::failure::Failure;
 use super::message::Messages;
+use super::probe::Probes;
 use super::receive::Receives;
 use super::share::{Fed, Share};
 use super::window::Window;
@@ -45,8 +46,6 @@ struct Quirks {
     quiet_polls_max: usize,
     /// Whether the provider keeps messages for which no receive is posted, without limit.
     keeps_messages: bool,
-    /// Whether the provider shakes hands with a peer before it moves data, and says nothing if it gets no answer.
-    shakes_hands: bool,
 }
 
 pub(super) struct Core {
@@ -54,13 +53,14 @@ pub(super) struct Core {
     pub(super) endpoint: Endpoint,
     pub(super) id: RailId,
     pub(super) limits: RailLimits,
-    counters: Counters,
+    pub(super) counters: Counters,
     /// See [`has_news`](Self::has_news).
-    news: bool,
+    pub(super) news: bool,
     receives: Receives,
+    pub(super) probes: Probes,
     pub(super) messages: Messages,
     pub(super) destinations: Destinations,
-    window: Window,
+    pub(super) window: Window,
     pub(super) shares: Slab<Share>,
     /// Shares with something to claim or to post.
     pub(super) turns: VecDeque<usize>,
@@ -87,9 +87,9 @@ impl owner::Core for Core {
         !self.turns.is_empty() || self.messages.has_unsent()
     }
 
-    /// Receives do not count.
+    /// Receives do not count, nor do questions: they may be without an answer for ever.
     fn is_idle(&self) -> bool {
-        self.shares.is_empty() && self.messages.is_empty()
+        self.shares.iter().all(|(_, share)| share.is_probe()) && self.messages.is_empty()
     }
 }
 
@@ -131,7 +131,9 @@ impl Core {
             next_key(),
             efa::numbers_messages(device),
         )?;
-        for buffer in receives.registered().into_iter().chain([messages.registered()]) {
+        let probes = Probes::new(domain, device)?;
+        let buffers = receives.registered().into_iter().chain([messages.registered()]);
+        for buffer in buffers.chain(probes.registered()) {
             buffer.region().bind(&endpoint)?;
         }
         receives.post(&mut endpoint)?;
@@ -140,7 +142,6 @@ impl Core {
                 batches,
                 quiet_polls_max: if efa::is_efa(device.provider()) { 1 } else { QUIET_POLLS_MAX },
                 keeps_messages: efa::keeps_messages(device),
-                shakes_hands: efa::shakes_hands(device),
             },
             completions_confirm: !device.orders_writes(),
             refusals: 0,
@@ -150,6 +151,7 @@ impl Core {
             counters: Counters::default(),
             news: false,
             receives,
+            probes,
             messages,
             destinations: Destinations::new(device),
             window: Window::default(),
@@ -375,6 +377,9 @@ impl Core {
 
     fn moved(&mut self, key: u32, count: u32, bytes: u64, events: &mut Vec<Event>) {
         let Some(share) = self.shares.get_mut(key as usize) else { return };
+        if share.is_probe() {
+            return self.probe_over(key as usize, None, events);
+        }
         let (operations, moved) = match share.work.op() {
             Op::Write => (&mut self.counters.writes, &mut self.counters.write_bytes),
             Op::Read => (&mut self.counters.reads, &mut self.counters.read_bytes),
@@ -389,6 +394,9 @@ impl Core {
 
     fn move_failed(&mut self, key: u32, bytes: u64, error: Error, events: &mut Vec<Event>) {
         let Some(share) = self.shares.get_mut(key as usize) else { return };
+        if share.is_probe() {
+            return self.probe_over(key as usize, Some(&error), events);
+        }
         match share.work.op() {
             Op::Write => self.counters.errors.writes += 1,
             Op::Read => self.counters.errors.reads += 1,
@@ -438,7 +446,8 @@ impl Core {
     fn completed(&mut self, key: usize, count: u32, bytes: u64) {
         let share = &mut self.shares[key];
         share.posted -= count;
-        if share.shared {
+        share.posted_bytes -= bytes;
+        if share.is_shared() {
             self.window.settled(count, bytes);
         }
     }
@@ -455,15 +464,15 @@ impl Core {
     /// Takes out a share that holds nothing.
     pub(super) fn remove_share(&mut self, key: usize) {
         let share = self.shares.remove(key);
-        if share.shared && share.fed == Fed::Enough {
+        if share.is_shared() && share.fed == Fed::Enough {
             self.window.sufficed();
         }
         self.endpoint.end(key as u32);
         self.destinations.release(share.destination);
     }
 
-    /// Looks now and then at what announces itself to nobody: the provider's own events, and peers that never answered,
-    /// for which the efa provider waits for ever. What is in flight to those stays so.
+    /// Looks now and then at what announces itself to nobody: the provider's own events, and peers whose software no longer
+    /// does what is waited for.
     fn look_around(&mut self, events: &mut Vec<Event>) {
         if self.now.duration_since(self.looked) < LOOK_INTERVAL {
             return;
@@ -472,21 +481,6 @@ impl Core {
         if let Some(error) = self.endpoint.drain_events() {
             self.blame(&error, events);
         }
-        if !self.quirks.shakes_hands {
-            return;
-        }
-        for (_, share) in &self.shares {
-            // Also one with nothing in flight: the provider may put it off for as long as others are.
-            if share.work.is_stopped() {
-                continue;
-            }
-            let entry = self.destinations.get(share.destination);
-            let in_flight = self.endpoint.in_flight_to(entry.addr);
-            if let Some(error) = entry.never_met(in_flight, self.now, self.limits.stall_timeout) {
-                self.counters.stalled += 1;
-                self.news = true;
-                share.work.fail(error, events);
-            }
-        }
+        self.ask_again(events);
     }
 }

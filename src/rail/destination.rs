@@ -9,8 +9,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::probe::Probe as Question;
 use crate::error::{Error, Result, Status};
-use crate::fabric::efa::NETWORK_HELP;
 use crate::fabric::{Device, Endpoint, FiAddr, InFlight};
 use crate::sys::tcp::{self, Probe};
 
@@ -43,6 +43,10 @@ pub(super) struct Entry {
     pub lost: bool,
     /// A write or read to it has completed.
     pub reached: bool,
+    /// It need not be asked any more before something is posted to it.
+    pub answered: bool,
+    /// It is being asked whether it answers.
+    pub probe: Option<Question>,
     /// Why no message reaches it any more.
     pub deaf: Option<Error>,
     listener: Option<Listener>,
@@ -59,20 +63,6 @@ impl Entry {
             }
             Some(error) => self.lost |= error.status() == Status::RemoteDisconnect,
         }
-    }
-
-    /// The error of operations in flight to an endpoint that has never completed one, once that has lasted too long. The
-    /// efa provider keeps them until the peer has answered its handshake, and says nothing of them if that is lost
-    /// (`efa_rdm_ope_process_queued_ope`, all versions up to 2.6).
-    pub fn never_met(&self, in_flight: InFlight, now: Instant, timeout: Duration) -> Option<Error> {
-        if self.reached || in_flight.rma == 0 || now.duration_since(self.last_progress) < timeout {
-            return None;
-        }
-        Some(Error::disconnected(format!(
-            "it completed nothing within {} ms (connect_timeout_ms) of the first operation: is it alive, and does its \
-             progress thread run or its application call NIXL? {NETWORK_HELP}",
-            timeout.as_millis()
-        )))
     }
 
     /// The error of work for it that was put off, once that has lasted too long, or nobody is there any more. tcp puts
@@ -214,6 +204,8 @@ impl Destinations {
             last_progress: Instant::now(),
             lost: false,
             reached: false,
+            answered: false,
+            probe: None,
             deaf: None,
             listener: self.device.listener(&name.0).map(Listener::new),
             last_used: self.clock,

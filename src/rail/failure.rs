@@ -189,6 +189,9 @@ impl Core {
         let share = &mut self.shares[key];
         let (work, lane) = (share.work.clone(), share.lane);
         let Some(error) = share.leaving.take() else { return };
+        if share.is_probe() {
+            return self.probe_over(key, Some(&error), events);
+        }
         let lost = share.given_up.map(|_| (*error).clone());
         let mut held = std::mem::take(&mut share.held);
         if held.settled == held.len() {
@@ -217,6 +220,9 @@ impl Core {
         self.resting.clear();
         for (key, share) in std::mem::take(&mut self.shares) {
             self.endpoint.end(key as u32);
+            if share.is_probe() {
+                continue;
+            }
             share.work.fail(error.clone(), events);
             if share.work.settle(share.held.len() - share.held.settled) {
                 events.push(Event::WorkOver { work: share.work });

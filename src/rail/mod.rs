@@ -13,6 +13,7 @@ mod destination;
 mod failure;
 mod message;
 mod owner;
+mod probe;
 mod receive;
 mod share;
 mod window;
@@ -52,6 +53,11 @@ pub enum Event {
         work: Arc<Work>,
         /// Why.
         error: Error,
+    },
+    /// A lane of a piece of work waits for the first answer of the peer there. Others may do the work meanwhile.
+    WorkWaits {
+        /// The work.
+        work: Arc<Work>,
     },
     /// The rail does not take a message, of which nothing has left.
     MessageReturned {

@@ -14,12 +14,16 @@ pub(super) struct Share {
     pub work: Arc<Work>,
     pub lane: u16,
     pub destination: DestinationKey,
-    pub shared: bool,
+    pub kind: Kind,
+    /// Others were invited, because its destination does not answer.
+    pub waits: bool,
     /// Operations claimed and not posted.
     pub claimed: Range<u32>,
     /// Operations posted and not settled. The endpoint counts those in flight; of some it may have told already what was
     /// not looked at yet.
     pub posted: u32,
+    /// Bytes of those.
+    pub posted_bytes: u64,
     /// It stands in the queue of shares with something to claim or to post.
     pub queued: bool,
     pub fed: Fed,
@@ -29,6 +33,17 @@ pub(super) struct Share {
     pub leaving: Option<Box<Error>>,
     /// When its NIC last gave up an operation because it could not reach the peer.
     pub given_up: Option<Instant>,
+}
+
+/// Whose the work is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// This rail's alone.
+    Alone,
+    /// Other rails take of it, too.
+    Shared,
+    /// Nobody's: it asks whether the destination answers; see `probe.rs`.
+    Probe,
 }
 
 /// How a share has been supplied with operations.
@@ -47,15 +62,25 @@ impl Share {
             work,
             lane,
             destination,
-            shared,
+            kind: if shared { Kind::Shared } else { Kind::Alone },
+            waits: false,
             claimed: 0..0,
             posted: 0,
+            posted_bytes: 0,
             queued: true,
             fed: Fed::NotYet,
             held: Held::default(),
             leaving: None,
             given_up: None,
         }
+    }
+
+    pub fn is_shared(&self) -> bool {
+        self.kind == Kind::Shared
+    }
+
+    pub fn is_probe(&self) -> bool {
+        self.kind == Kind::Probe
     }
 
     /// Whether nothing is claimed or in flight.

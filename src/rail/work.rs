@@ -38,6 +38,8 @@ struct Claims {
     left: Vec<u16>,
     /// Those of them that did not reach the peer, with the reason.
     lost: Vec<(u16, Error)>,
+    /// Lanes that have had no answer of the peer yet, with the reason to doubt that one comes.
+    doubted: Vec<(u16, Error)>,
     error: Option<Error>,
 }
 
@@ -57,6 +59,7 @@ impl Work {
                 returned: Vec::new(),
                 left: Vec::new(),
                 lost: Vec::new(),
+                doubted: Vec::new(),
                 error: None,
             }),
             tag,
@@ -173,6 +176,27 @@ impl Work {
     /// The lanes that did not reach the peer, with the reason.
     pub fn lost(&self) -> Vec<(u16, Error)> {
         self.lock().lost.clone()
+    }
+
+    /// A lane has had no answer of the peer for long.
+    pub(super) fn doubt(&self, lane: u16, why: Error) {
+        self.lock().doubted.push((lane, why));
+    }
+
+    /// The answer came.
+    pub(super) fn trust(&self, lane: u16) {
+        self.lock().doubted.retain(|(doubted, _)| *doubted != lane);
+    }
+
+    /// The lanes that were of no use, with the reason: those that did not reach the peer, and those without an answer.
+    pub fn useless(&self) -> Vec<(u16, Error)> {
+        let claims = self.lock();
+        claims.lost.iter().chain(&claims.doubted).cloned().collect()
+    }
+
+    /// Its operations, until it is over.
+    pub(super) fn list(&self) -> Option<Arc<RmaList>> {
+        self.lock().list.clone()
     }
 
     /// Whether there is something to claim, now that a lane has left.

@@ -203,9 +203,25 @@ impl Transfer {
             || lanes.invite(work, 0, count, rails, way)
     }
 
-    /// The lanes that did not reach the peer for work that others have done, with the reason.
-    pub fn lost(&self, work: &Arc<Work>) -> Vec<(Lane, Error)> {
-        let lost = work.lost();
+    /// Invites all other lanes to work of which one waits for its peer's first answer.
+    pub fn widen(
+        &self,
+        work: &Arc<Work>,
+        rails: &[Arc<Rail>],
+        way: impl Fn(Lane) -> Option<Destination>,
+        prefer: impl Fn(Lane) -> bool,
+    ) {
+        let set = self.lock().works.iter().position(|known| Arc::ptr_eq(known, work));
+        let Some(lanes) = set.map(|set| &self.lanes[set]).filter(|_| work.wants_rails()) else { return };
+        let invited: Vec<usize> = lanes.invited().map(|(index, _)| index).collect();
+        lanes.invite(work, 0, lanes.all.len(), rails, |index, lane| {
+            way(lane).filter(|_| prefer(lane) && !invited.contains(&usize::from(index)))
+        });
+    }
+
+    /// The lanes that were of no use for work that others have done, with the reason.
+    pub fn useless(&self, work: &Arc<Work>) -> Vec<(Lane, Error)> {
+        let lost = work.useless();
         if lost.is_empty() {
             return Vec::new();
         }

@@ -124,6 +124,15 @@ impl Group {
         self.engine(i).disconnect(&self.agents[j].name).expect("removed");
     }
 
+    /// Small transfers, which take so many rails in turn: the other end of each has answered then.
+    pub fn meet(&mut self, i: usize, j: usize, rails: usize) {
+        let request = self.prepare(Op::Write, i, j, &[(0, 1)]).expect("it is known");
+        for _ in 0..rails {
+            self.engine(i).post_xfer(&request, None).expect("it is known");
+            assert_eq!(self.finish(i, &request), Ok(Status::Success));
+        }
+    }
+
     /// A transfer of pieces at equal offsets: (offset, length).
     pub fn prepare(&self, op: Op, i: usize, j: usize, pieces: &[(usize, usize)]) -> Result<Request, Error> {
         let desc = |base: usize, (offset, len): (usize, usize)| Desc {

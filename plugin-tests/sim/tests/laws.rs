@@ -76,13 +76,16 @@ fn who_hears_no_more_keeps_nobody_waiting() {
     group.close();
 }
 
-/// The efa fabric keeps operations until the peer has answered its handshake, and says nothing if that is lost.
+/// The efa fabric keeps operations until the peer has answered its handshake, says nothing if that is lost, and sends them if
+/// the peer wakes later: nothing of a transfer that has failed.
 #[test]
 fn a_peer_that_never_answered_ends_the_wait_and_one_that_did_is_waited_for() {
     let mut group = Group::new(2, EFA, 1, OPTIONS);
     group.live(20);
     let hold = |group: &Group, held| group.world.state().faults.held = held;
     hold(&group, Held::Rma);
+    group.agents[0].arena.fill(0, 64, 1);
+    group.agents[1].arena.fill(0, 64, 2);
     let first = group.write(0, 1, (0, 64), None);
     let error = group.finish(0, &first).unwrap_err();
     assert!(error.to_string().contains("connect_timeout_ms"), "{error}");
@@ -96,6 +99,7 @@ fn a_peer_that_never_answered_ends_the_wait_and_one_that_did_is_waited_for() {
     group.live(20);
     let second = group.write(0, 1, (4096, 64), None);
     assert_eq!(group.finish(0, &second), Ok(Status::Success));
+    assert_eq!(group.agents[1].arena.differs(0, 64, 2), None, "it was written when it had failed");
 
     hold(&group, Held::Rma);
     let third = group.write(0, 1, (8192, 64), None);
@@ -177,6 +181,7 @@ fn nothing_is_lost_of_a_rails_capacity() {
         group.live(100);
         let pieces: Vec<_> = (0..500).map(|i| (i * 4096, 8)).collect();
         let request = group.prepare(Op::Write, 0, 1, &pieces).unwrap();
+        group.meet(0, 1, 1);
         let probe = |group: &mut Group| {
             group.world.state().faults = Faults { held: Held::All, ..Faults::default() };
             group.engine(0).post_xfer(&request, None).unwrap();
@@ -240,6 +245,26 @@ fn a_dead_peer_holds_up_nobody_else() {
         drop(to_dead);
         group.close();
     }
+}
+
+/// What was to go to a peer that never answered takes nothing of a rail: larger than a rail's window, on all rails.
+#[test]
+fn a_peer_that_never_answered_holds_up_nobody_else() {
+    let mut group = Group::new(3, EFA, 2, OPTIONS);
+    group.live(20);
+    let pieces: Vec<_> = (0..20_000).map(|i| (i * 64, 8)).collect();
+    group.world.state().faults.held = Held::RmaOf(group.agents[2].host);
+    for _ in 0..3 {
+        let in_vain = group.prepare(Op::Write, 0, 2, &pieces).unwrap();
+        group.engine(0).post_xfer(&in_vain, None).unwrap();
+        let error = group.finish(0, &in_vain).unwrap_err();
+        assert!(error.to_string().contains("connect_timeout_ms"), "{error}");
+        let request = group.prepare(Op::Write, 0, 1, &pieces).unwrap();
+        group.engine(0).post_xfer(&request, None).unwrap();
+        assert_eq!(group.finish(0, &request), Ok(Status::Success));
+        drop((in_vain, request));
+    }
+    group.close();
 }
 
 /// A peer that stands still takes operations and messages until half of what is free is gone, and no more.
@@ -452,6 +477,7 @@ fn a_slow_rail_does_less() {
     for (times, at_most) in [(2, 45), (10, 20)] {
         let mut group = Group::new(2, EFA, 2, OPTIONS);
         group.live(20);
+        group.meet(0, 1, 2);
         let host = group.agents[0].host;
         group.world.state().faults.slow_endpoint = Some((host, 1, times));
         // Blocks that do not join.
@@ -477,6 +503,7 @@ fn a_slow_rail_does_less() {
 fn small_transfers_take_one_rail_in_turn() {
     let mut group = Group::new(2, EFA, 4, OPTIONS);
     group.live(20);
+    group.meet(0, 1, 4);
     let host = group.agents[0].host;
     let request = group.prepare(Op::Write, 0, 1, &[(0, 64)]).unwrap();
     let before = group.world.state().moved(host);

@@ -12,7 +12,7 @@ impl Core {
             self.endpoint.in_flight(),
             "operations of shares, receives and messages; cells in flight"
         );
-        let shared = self.shares.iter().filter(|(_, share)| share.shared);
+        let shared = self.shares.iter().filter(|(_, share)| share.is_shared());
         let shared: u32 = shared.map(|(_, share)| share.posted).sum();
         assert_eq!(shared, self.window.operations(), "operations of shared work; the window's");
         for (key, share) in &self.shares {

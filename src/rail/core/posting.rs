@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::Core;
 use crate::fabric::{BATCH_WRITES_MAX, FabricError, Posted};
 use crate::rail::Event;
+use crate::rail::probe::Answer;
 use crate::rail::share::Fed;
 
 enum Turn {
@@ -13,6 +14,11 @@ enum Turn {
     Rests,
     /// The provider or the credits put it off.
     Blocked,
+    /// Its destination has not answered yet.
+    Waits {
+        /// The question is the last turn.
+        asked: bool,
+    },
     /// Its share of this turn is used up.
     Yielded,
 }
@@ -29,7 +35,9 @@ enum Claim {
 impl Core {
     pub(super) fn post_shares(&mut self, events: &mut Vec<Event>) -> usize {
         let mut posted = 0;
-        for _ in 0..self.turns.len() {
+        let mut turns = self.turns.len();
+        while turns > 0 {
+            turns -= 1;
             let Some(key) = self.turns.pop_front() else { break };
             let turn = self.post_share(key, &mut posted, events);
             if self.failure.is_some() {
@@ -47,6 +55,10 @@ impl Core {
                     }
                 }
                 Turn::Yielded => self.turns.push_back(key),
+                Turn::Waits { asked } => {
+                    self.turns.push_back(key);
+                    turns += usize::from(asked);
+                }
                 Turn::Blocked => {
                     self.turns.push_back(key);
                     self.fail_if_stalled(key, events);
@@ -67,6 +79,13 @@ impl Core {
                 self.give_up(key, events);
                 return Turn::Rests;
             }
+            match self.answer(key, events) {
+                Answer::Here => {}
+                Answer::Asked => return Turn::Waits { asked: true },
+                Answer::Awaited => return Turn::Waits { asked: false },
+                Answer::Missing => return Turn::Rests,
+            }
+            let share = &mut self.shares[key];
             let entry = self.destinations.get(share.destination);
             // A destination may hold as many operations as are left for all others, so that some always are: a peer
             // that stands still cannot take the rail from the rest.
@@ -103,7 +122,7 @@ impl Core {
     fn claim(&mut self, key: usize, room: u32) -> Claim {
         let share = &mut self.shares[key];
         let (mut operations, mut bytes) = (room, u64::MAX);
-        if share.shared {
+        if share.is_shared() {
             let Some((window_operations, window_bytes)) = self.window.room() else {
                 return Claim::WindowFull;
             };
@@ -114,7 +133,7 @@ impl Core {
         share.claimed = claimed;
         if share.fed == Fed::NotYet {
             share.fed = Fed::Enough;
-        } else if share.shared && self.window.is_empty() {
+        } else if share.is_shared() && self.window.is_empty() {
             self.window.ran_dry();
             share.fed = Fed::RanDry;
         }
@@ -146,7 +165,8 @@ impl Core {
             self.refusals = 0;
             share.claimed.start += outcome.count;
             share.posted += outcome.count;
-            if share.shared {
+            share.posted_bytes += outcome.bytes;
+            if share.is_shared() {
                 self.window.posted(outcome.count, outcome.bytes);
             }
             self.destinations.get(share.destination).last_progress = self.now;
@@ -207,6 +227,9 @@ impl Core {
 
     fn fail_if_stalled(&mut self, key: usize, events: &mut Vec<Event>) {
         let share = &self.shares[key];
+        if share.is_probe() {
+            return self.give_up_asking(key);
+        }
         let entry = self.destinations.get(share.destination);
         let in_flight = self.endpoint.in_flight_to(entry.addr);
         if let Some(error) = entry.stalled(in_flight, self.now, self.limits.stall_timeout) {

@@ -321,6 +321,7 @@ fn a_device_at_a_tenth_of_its_speed_costs_no_more_than_it_lacks() {
     let run = |slow: bool| {
         let mut group = Group::new(2, EFA, 4, OPTIONS);
         group.live(20);
+        group.meet(0, 1, 4);
         let host = group.agents[0].host;
         group.world.state().faults.slow_endpoint = slow.then_some((host, 2, 10));
         let pieces: Vec<_> = (0..8000).map(|i| (i * 256, 8)).collect();
