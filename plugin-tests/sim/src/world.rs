@@ -52,6 +52,8 @@ pub struct Profile {
     pub host_driven: bool,
     /// What the transmit queue does not hold waits in memory; else it is put off.
     pub queues_in_memory: bool,
+    /// The NIC cannot write: the target's software fetches what is written, and says so. Where it dies, nothing does.
+    pub emulates_writes: bool,
     /// Posts are put off while a connection is made, for ever if the peer is dead.
     pub connects: bool,
     /// A poll takes in what the NIC has, and keeps messages for which no receive is posted; else they wait at their sender.
@@ -72,9 +74,13 @@ pub const EFA: Profile = Profile {
     rx_cq_data: false,
     host_driven: false,
     queues_in_memory: false,
+    emulates_writes: false,
     connects: false,
     pools_messages: true,
 };
+
+/// The same on a device without RDMA write.
+pub const EFA_READS_ONLY: Profile = Profile { emulates_writes: true, ..EFA };
 
 /// The efa-direct fabric, with writes that use up receives.
 pub const EFA_DIRECT: Profile =

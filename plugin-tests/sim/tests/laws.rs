@@ -6,7 +6,7 @@ use nixl_libfabric::types::{AgentName, Op};
 use nixl_libfabric_sim::clock::VirtualTime;
 use nixl_libfabric_sim::pair::{Group, init};
 use nixl_libfabric_sim::provider::{library, on_host};
-use nixl_libfabric_sim::world::{BOUND_MR, EFA, EFA_DIRECT, Faults, Held, TCP, World};
+use nixl_libfabric_sim::world::{BOUND_MR, EFA, EFA_DIRECT, EFA_READS_ONLY, Faults, Held, TCP, World};
 
 #[path = "laws/failing_rails.rs"]
 mod failing_rails;
@@ -264,6 +264,33 @@ fn a_peer_that_never_answered_holds_up_nobody_else() {
         assert_eq!(group.finish(0, &request), Ok(Status::Success));
         drop((in_vain, request));
     }
+    group.close();
+}
+
+/// Where the target's software moves what is written, its death is heard of by asking; one that stands still answers.
+#[test]
+fn a_write_that_the_target_fetches_ends_with_its_life() {
+    let mut group = Group::new(3, EFA_READS_ONLY, 2, OPTIONS);
+    group.live(20);
+    let pieces: Vec<_> = (0..2_000).map(|i| (i * 256, 8)).collect();
+    let request = group.prepare(Op::Write, 0, 2, &pieces).unwrap();
+    group.engine(0).post_xfer(&request, None).unwrap();
+    assert_eq!(group.finish(0, &request), Ok(Status::Success));
+
+    group.world.state().faults.held = Held::RmaOf(group.agents[2].host);
+    group.engine(0).post_xfer(&request, None).unwrap();
+    group.live(5);
+    group.world.kill_host(group.agents[2].host);
+    group.world.state().faults.held = Held::Nothing;
+    let error = group.finish(0, &request).unwrap_err();
+    assert_eq!(error.status(), Status::RemoteDisconnect, "{error}");
+
+    let other = group.prepare(Op::Write, 0, 1, &pieces).unwrap();
+    for _ in 0..4 {
+        group.engine(0).post_xfer(&other, None).unwrap();
+        assert_eq!(group.finish(0, &other), Ok(Status::Success), "what never ends holds up the others");
+    }
+    drop((request, other));
     group.close();
 }
 

@@ -203,6 +203,25 @@ impl State {
     }
 }
 
+pub(super) unsafe extern "C" fn getopt(
+    ep: *mut sys::fid,
+    _: c_int,
+    option: c_int,
+    value: *mut c_void,
+    len: *mut usize,
+) -> c_int {
+    if option != sys::FI_OPT_EFA_EMULATED_WRITE {
+        return -libc::ENOPROTOOPT;
+    }
+    // SAFETY: an object of ours; the caller lends a C `bool`.
+    unsafe {
+        let emulates = object(ep.cast::<sys::fid_ep>(), "fi_getopt").world().state().profile.emulates_writes;
+        *value.cast() = u8::from(emulates);
+        *len = 1;
+    }
+    0
+}
+
 pub(super) unsafe extern "C" fn setopt(
     _: *mut sys::fid,
     _: c_int,

@@ -6,7 +6,7 @@ use std::ptr;
 use nixl_libfabric::sys::libfabric as sys;
 
 use super::addresses::{av_insert, av_remove, getname};
-use super::lifetime::{bind, close, control, setopt};
+use super::lifetime::{bind, close, control, getopt, setopt};
 use super::open::{open_av, open_cq, open_domain, open_ep, open_eq, register};
 use super::posting::{cq_read, cq_readerr, eq_read, readmsg, recvmsg, sendmsg, writemsg};
 use crate::world::Kind;
@@ -92,7 +92,7 @@ pub(super) static EQ: Table<sys::fi_ops_eq> = Table(sys::fi_ops_eq {
 pub(super) static EP: Table<sys::fi_ops_ep> = Table(sys::fi_ops_ep {
     size: size_of::<sys::fi_ops_ep>(),
     cancel: None,
-    getopt: None,
+    getopt: Some(getopt),
     setopt: Some(setopt),
     tx_ctx: NONE,
     rx_ctx: NONE,
