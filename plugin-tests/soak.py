@@ -50,9 +50,9 @@ HARSH = [
 
 
 class Round:
-    def __init__(self, seed, plugin, folder):
+    def __init__(self, seed, plugin, folder, fabrics):
         self.dice = dice = random.Random(seed)
-        fabric = dice.choice(list(FABRICS))
+        fabric = dice.choice(fabrics)
         self.is_efa = fabric.startswith("efa")
         self.devices = dice.choice(FABRICS[fabric])
         self.plugin, self.folder = plugin, folder
@@ -237,7 +237,11 @@ def main():
     options.add_argument("--rounds", type=int, default=0, help="rounds; 0: until stopped")
     options.add_argument("--minutes", type=float, default=0, help="begin no round after so long; 0: until stopped")
     options.add_argument("--plugin", default="ours", choices=["ours", "stock"])
+    options.add_argument("--fabrics", default=",".join(FABRICS), help="comma-separated; default: %(default)s")
     chosen = options.parse_args()
+    fabrics = chosen.fabrics.split(",")
+    if unknown := set(fabrics) - set(FABRICS):
+        options.error(f"--fabrics knows {', '.join(FABRICS)}; not {', '.join(unknown)}")
     # Several soaks may run at a time.
     start, folder = time.monotonic(), TARGET / "soak" / str(chosen.seed)
     for number in itertools.count():
@@ -248,13 +252,13 @@ def main():
         folder.mkdir(parents=True)
         work = None
         try:
-            work = Round(seed, chosen.plugin, folder)
+            work = Round(seed, chosen.plugin, folder, fabrics)
             work.run()
         except Exception:
             traceback.print_exc()
             print("\nsoak: what happened:", *(work.story if work else ["the agents could not be started"]), sep="\n  ")
             print(f"soak: FAILED with seed {seed}; logs in {folder}; replay with\n"
-                  f"  {sys.executable} {Path(__file__)} --plugin {chosen.plugin} --seed {seed} --rounds 1", flush=True)
+                  f"  {sys.executable} {Path(__file__)} --plugin {chosen.plugin} --fabrics '{chosen.fabrics}' --seed {seed} --rounds 1", flush=True)
             return 1
         finally:
             if work:
