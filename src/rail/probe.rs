@@ -181,7 +181,9 @@ impl Core {
         if self.probes.answers.is_none() || self.endpoint.ends_with_failure(Op::Write) {
             return;
         }
-        let waiting = |share: &Share| share.posted > 0 && !share.is_probe() && !share.work.is_stopped();
+        // Also what is left of work that failed, while that has part of the window.
+        let matters = |share: &Share| share.is_shared() || !share.work.is_stopped();
+        let waiting = |share: &Share| share.posted > 0 && !share.is_probe() && matters(share);
         let waiting: Vec<usize> =
             self.shares.iter().filter(|(_, share)| waiting(share)).map(|(key, _)| key).collect();
         for key in waiting {
