@@ -105,7 +105,7 @@ def together(case, prefill, decode, mover):
 def kill(case):
     """One prefill engine dies, two decoders fetch from it: one fails what it hit, the other computes it itself."""
     decoders = {"fail": case.engines["decode"], "recompute": case.engines["decode-recompute"]}
-    prove_kill(case, case.engines["prefill"], decoders, case.engines["prefill-again"].go, needs_peer=not case.way.says)
+    prove_kill(case, case.engines["prefill"], decoders, case.engines["prefill-again"].go, needs_peer=not case.way.option)
 
 
 def two_workers(case):
