@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::arena::{Arena, Run};
 use super::lease::{Granted, Lease};
 use super::slots::{Making, SLOT_BYTES, Slots};
-use super::transfer::{Active, Chunk, StagedTransfer, Step};
+use super::transfer::{Active, CHUNK_BYTES_MAX, Chunk, StagedTransfer, Step};
 use super::{COPIES_PER_TURN, Directions, Staging};
 use crate::cuda::{Context, InFlight, Span};
 use crate::engine::remote::Remote;
@@ -477,7 +477,7 @@ impl Client {
         }
         let transfer = Arc::clone(&active.transfer);
         let piece = &transfer.pieces[active.next.piece];
-        let (mut bytes_max, mut pieces_max) = (transfer.chunk_bytes(), COPY_RANGES_MAX);
+        let (mut bytes_max, mut pieces_max) = (CHUNK_BYTES_MAX, COPY_RANGES_MAX);
         let needs_lent = piece.region()?.is_staged();
         if needs_lent {
             let Some(granted) = self.lent(tools, active)? else { return Ok(0) };

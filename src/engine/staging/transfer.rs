@@ -10,7 +10,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::arena::Run;
-use super::slots::SLOT_BYTES;
 use crate::cuda::InFlight;
 use crate::engine::Metadata;
 use crate::engine::remote::Remote;
@@ -21,13 +20,9 @@ use crate::peer::Peer;
 use crate::transfer::PostState;
 use crate::types::Op;
 
-/// Most bytes of a chunk. Long enough that messages about it cost little.
-const CHUNK_BYTES_MAX: u64 = 1 << 20;
-/// A shorter transfer is one chunk.
-const CHUNK_BYTES_MIN: u64 = 128 << 10;
-/// A transfer is cut into so many chunks at least, so that its copies overlap with the wire: what is left in front of and
-/// behind the wire is a copy of a chunk each.
-const CHUNKS_MIN: u64 = 4;
+/// Most bytes of a chunk; a shorter transfer is one. Each chunk has its messages and calls of the driver, which over tcp cost more
+/// than the overlap of shorter ones brings (docs/gpu.md has the measurement).
+pub(super) const CHUNK_BYTES_MAX: u64 = 1 << 20;
 
 /// A local and a remote range of equal length.
 pub struct StagedPiece {
@@ -93,11 +88,6 @@ impl StagedTransfer {
     /// Bytes moved by one post.
     pub fn bytes(&self) -> u64 {
         self.bytes
-    }
-
-    /// Bytes of a chunk of it.
-    pub(super) fn chunk_bytes(&self) -> u64 {
-        (self.bytes / CHUNKS_MIN).next_multiple_of(SLOT_BYTES.into()).clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)
     }
 
     /// What follows a place: at most so many bytes, of one pair of regions and at most so many pieces.
