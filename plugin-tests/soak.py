@@ -78,6 +78,9 @@ class Round:
         name = f"h{index}"
         agent = Agent(name, self.host, self.network.space(index), self.folder / f"{name}.log")
         options = {"connect_timeout_ms": 5000} if self.plugin == "ours" else {}
+        if self.is_efa and not self.network.writes:
+            # Of a write that a living target failed to fetch nothing tells.
+            options |= {"transfer_timeout_ms": 20_000}
         agent.create(progress_thread=progress, **options)
         agent.index = index
         agent.give, agent.take = agent.buffer(REGION, seed=index), agent.buffer(REGION)

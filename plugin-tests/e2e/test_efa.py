@@ -277,6 +277,20 @@ def test_device_that_dies(bed, efa, progress, how, carries_messages):
 
 
 @pytest.mark.ours
+def test_killed_peer_of_ways_not_taken_before(bed, efa, progress):
+    """Of an endpoint that never answered libfabric says only that somebody was not reached: long before the peer's time is over."""
+    first, second = bed.pair(progress_thread=progress, connect_timeout_ms=600_000)
+    near, far = first.buffer(16 * MIB), second.buffer(16 * MIB, seed=1)
+    first.knows(second)
+    first.transfer("READ", [near[:64]], [far[:64]], second)
+    handle = first.prepare("READ", [near[:]], [far[:]], second)
+    second.kill()
+    first.call("post", handle)
+    assert "ERR" in ends(first, handle, 60)
+    first.call("release", handle)
+
+
+@pytest.mark.ours
 @pytest.mark.parametrize("carries_messages", [True, False], ids=["first", "other"])
 def test_own_link_that_goes_down(bed, efa, progress, carries_messages):
     """One of this host's devices reaches nobody any more, and nothing says so: its transfers go over the others."""

@@ -293,17 +293,17 @@ impl Endpoint {
         }
     }
 
-    /// Reads events that belong to no operation, and logs them. Gives one that says that the device has failed.
-    pub fn drain_events(&mut self) -> Option<CompletionError> {
-        let eq = self.eq.as_ref().map(super::handle::Handle::as_ptr)?;
-        let mut failure = None;
+    /// Reads events that belong to no operation, and logs them. Gives the errors.
+    pub fn drain_events(&mut self) -> Vec<CompletionError> {
+        let mut errors = Vec::new();
+        let Some(eq) = self.eq.as_ref().map(super::handle::Handle::as_ptr) else { return errors };
         for _ in 0..POLL_ENTRIES_MAX {
             let (mut event, mut entry) = (0u32, [0u64; 32]);
             // SAFETY: the queue is open; the buffer is as long as said and larger than any event.
             let status = unsafe {
                 match (*(*eq).ops).read {
                     Some(read) => read(eq, &raw mut event, entry.as_mut_ptr().cast(), size_of_val(&entry), 0),
-                    None => return failure,
+                    None => return errors,
                 }
             };
             if status >= 0 {
@@ -328,9 +328,9 @@ impl Endpoint {
             };
             let error = CompletionError::new(self.is_efa(), entry.err, entry.prov_errno, &words);
             log::error!("{self:?}: the provider reports: {}", error.text);
-            failure = failure.or(Some(error).filter(CompletionError::is_of_device));
+            errors.push(error);
         }
-        failure
+        errors
     }
 
     fn is_efa(&self) -> bool {

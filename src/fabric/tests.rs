@@ -271,7 +271,7 @@ fn a_peer_that_goes_away_fails_what_is_in_flight() {
         other => panic!("{other:?}"),
     }
     assert_eq!(a.endpoint.in_flight(), 0);
-    assert_eq!(a.endpoint.drain_events(), None);
+    assert_eq!(a.endpoint.drain_events(), []);
     a.endpoint.remove_address(to_b).unwrap();
 }
 

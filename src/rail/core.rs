@@ -478,8 +478,11 @@ impl Core {
             return;
         }
         self.looked = self.now;
-        if let Some(error) = self.endpoint.drain_events() {
+        for error in self.endpoint.drain_events() {
             self.blame(&error, events);
+            if error.is_disconnect() {
+                self.destinations.suspect(self.now);
+            }
         }
         self.ask_again(events);
     }

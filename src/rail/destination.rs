@@ -196,6 +196,13 @@ impl Destinations {
         self.entries[key.0 as usize].as_mut().expect("a key is used only between acquire and release")
     }
 
+    /// The provider did not reach somebody with a word of its own, and does not say whom. It may be one that is being asked.
+    pub fn suspect(&mut self, now: Instant) {
+        for probe in self.entries.iter_mut().flatten().filter_map(|entry| entry.probe.as_mut()) {
+            probe.suspect(now);
+        }
+    }
+
     fn insert(&mut self, name: &Destination, addr: FiAddr) -> DestinationKey {
         let entry = Entry {
             name: name.clone(),

@@ -24,6 +24,8 @@ use crate::types::Op;
 
 /// How long nothing gets done before a destination is asked again.
 const QUIET: Duration = Duration::from_secs(1);
+/// How long one may take to answer when somebody was not reached. Who lives does so in far less.
+const SUSPICION: Duration = Duration::from_secs(1);
 /// So much of the time that a destination has to answer the first of its lanes has for itself; then others are invited, too.
 const PATIENCE_PARTS: u32 = 10;
 
@@ -49,6 +51,15 @@ pub(super) struct Probes {
 #[derive(Debug)]
 pub(super) struct Probe {
     since: Instant,
+    /// From when on the destination is taken to be gone.
+    until: Instant,
+}
+
+impl Probe {
+    /// The destination may be one that was not reached just now.
+    pub fn suspect(&mut self, now: Instant) {
+        self.until = self.until.min(now + SUSPICION);
+    }
 }
 
 impl Probes {
@@ -80,13 +91,12 @@ impl Core {
             // Others have done it.
             return Answer::Missing;
         }
-        let Some(waited) = self.ask(key) else { return Answer::Asked };
-        let timeout = self.limits.stall_timeout;
-        if waited >= timeout {
-            self.unanswered(destination, &silent(timeout), events);
+        let Some((waited, is_over)) = self.ask(key) else { return Answer::Asked };
+        if is_over {
+            self.unanswered(destination, &silent(waited), events);
             return Answer::Missing;
         }
-        if waited >= timeout / PATIENCE_PARTS && !self.shares[key].waits {
+        if waited >= self.limits.stall_timeout / PATIENCE_PARTS && !self.shares[key].waits {
             let share = &mut self.shares[key];
             share.waits = true;
             share.work.doubt(share.lane, silent(waited));
@@ -95,13 +105,13 @@ impl Core {
         Answer::Awaited
     }
 
-    /// Asks the destination of a share, unless a question is on its way. For how long that is.
-    fn ask(&mut self, key: usize) -> Option<Duration> {
+    /// Asks the destination of a share, unless a question is on its way. For how long that is, and whether it was long enough.
+    fn ask(&mut self, key: usize) -> Option<(Duration, bool)> {
         let share = &self.shares[key];
         let (destination, lane) = (share.destination, share.lane);
         let entry = self.destinations.get(destination);
         if let Some(probe) = &entry.probe {
-            return Some(self.now.duration_since(probe.since));
+            return Some((self.now.duration_since(probe.since), self.now >= probe.until));
         }
         let name = entry.name.clone();
         let list = match share.work.list()?.probe(lane, self.probes.answers.as_ref()?) {
@@ -110,7 +120,7 @@ impl Core {
                 // The operations themselves will tell.
                 log::error!("rail {}: {e}", self.id);
                 self.destinations.get(destination).answered = true;
-                return Some(Duration::ZERO);
+                return Some((Duration::ZERO, false));
             }
         };
         let work = Work::new(Op::Read, list, Arc::new(()) as Tag);
@@ -120,17 +130,17 @@ impl Core {
         );
         let entry = self.destinations.get(destination);
         entry.users += 1;
-        entry.probe = Some(Probe { since: self.now });
+        entry.probe = Some(Probe { since: self.now, until: self.now + self.limits.stall_timeout });
         None
     }
 
     /// A question could not be posted yet. Nobody waits longer than for an answer.
     pub(super) fn give_up_asking(&mut self, key: usize) {
-        let (timeout, now) = (self.limits.stall_timeout, self.now);
+        let now = self.now;
         let share = &mut self.shares[key];
-        let asked = self.destinations.get(share.destination).probe.as_ref().map(|probe| probe.since);
-        if asked.is_none_or(|since| now.duration_since(since) >= timeout) {
-            share.leaving.get_or_insert_with(|| Box::new(silent(timeout)));
+        let probe = self.destinations.get(share.destination).probe.as_ref();
+        if let Some(since) = probe.filter(|probe| now >= probe.until).map(|probe| probe.since) {
+            share.leaving = Some(Box::new(silent(now.duration_since(since))));
         }
     }
 
@@ -190,9 +200,9 @@ impl Core {
             let share = &self.shares[key];
             let (destination, op) = (share.destination, share.work.op());
             let quiet = self.now.duration_since(self.destinations.get(destination).last_progress) >= QUIET;
-            let timeout = self.limits.stall_timeout;
-            if quiet && op == Op::Write && self.ask(key).is_some_and(|waited| waited >= timeout) {
-                self.unanswered(destination, &silent(timeout), events);
+            let asked = if quiet && op == Op::Write { self.ask(key) } else { None };
+            if let Some((waited, true)) = asked {
+                self.unanswered(destination, &silent(waited), events);
             }
         }
     }
@@ -209,7 +219,7 @@ impl Core {
 
 fn silent(waited: Duration) -> Error {
     Error::disconnected(format!(
-        "it has not answered for {} ms (connect_timeout_ms is the limit): is it alive, and does its progress thread run or its \
+        "it has not answered for {} ms (connect_timeout_ms is the limit, or 1 s when libfabric says that somebody was not reached): is it alive, and does its progress thread run or its \
          application call NIXL? {NETWORK_HELP}",
         waited.as_millis()
     ))
