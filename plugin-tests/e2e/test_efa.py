@@ -39,6 +39,18 @@ def write_all(first, second, size, seed):
     target.check(seed)
 
 
+def write_until(first, second, size, all_took):
+    """Writes one buffer until all have taken of it, and says how often: those whose peers answer first may do the first ones alone."""
+    source, target = first.buffer(size, seed=1), second.buffer(size)
+    first.knows(second)
+    for count in range(1, 51):
+        first.transfer("WRITE", [source[:]], [target[:]], second)
+        if all_took():
+            break
+    target.check(1)
+    return count
+
+
 def test_devices_become_rails(bed, efa, request):
     agent = bed.agent(progress_thread=True)
     log = agent.log_text()
@@ -136,11 +148,10 @@ def test_unequal_hosts(bed, host, efa, progress, near, far):
     efa.devices = far
     second = bed.agent("second", progress_thread=progress, max_bw_per_dram_seg=1_000_000)
     first.knows(second), second.knows(first)
-    # Of the first one, the rails take most whose peers answer first.
-    for seed in range(3):
-        write_all(first, second, 32 * MIB, seed)
+    few = (lambda: wrote(efa, 0, near)) if near < far else (lambda: was_written(efa, 1, far))
+    count = write_until(first, second, 32 * MIB, lambda: len(few()) == min(near, far))
     sent, landed = wrote(efa, 0, near), was_written(efa, 1, far)
-    assert sum(sent.values()) == sum(landed.values()) == 3 * 32 * MIB
+    assert sum(sent.values()) == sum(landed.values()) == count * 32 * MIB
     for side, share, devices in ((sent, "sent", near), (landed, "landed", far)):
         if devices == min(near, far):
             # Rails take what they get done, so their parts differ; but each takes some.
@@ -151,15 +162,10 @@ def test_unequal_hosts(bed, host, efa, progress, near, far):
 def test_memory_is_only_on_its_rails(bed, efa, progress):
     """What the topology gives host memory is what carries it, on both sides, and all of that does."""
     first, second = bed.pair(progress_thread=progress, max_bw_per_dram_seg=200)
-    source, target = first.buffer(16 * MIB, seed=1), second.buffer(16 * MIB)
-    first.knows(second)
-    # Of the first one, the rails take most whose peers answer first.
-    for _ in range(3):
-        first.transfer("WRITE", [source[:]], [target[:]], second)
-    target.check(1)
+    count = write_until(first, second, 16 * MIB, lambda: len(wrote(efa, 0)) == len(was_written(efa, 1)) == 2)
     sent, landed = wrote(efa, 0), was_written(efa, 1)
     assert len(sent) == len(landed) == 2, f"{sent} {landed}: two rails of 100 Gb/s"
-    assert sum(sent.values()) == 3 * 16 * MIB
+    assert sum(sent.values()) == count * 16 * MIB
 
 
 @pytest.mark.ours
