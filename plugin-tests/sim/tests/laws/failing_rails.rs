@@ -194,8 +194,9 @@ fn peers_are_told_of_a_rail_that_has_failed() {
         group.engine(0).post_xfer(&ours, None).unwrap();
         assert_eq!(group.finish(0, &ours), Ok(Status::Success), "{profile:?}");
         group.live(50);
+        let injured = group.world.state().injuries.len();
         for _ in 0..8 {
-            // Whatever rail it begins with: one that leads there would fail.
+            // Whatever rail it begins with: one that leads there would fail, and leave its work to the others.
             group.engine(1).post_xfer(&theirs, None).unwrap();
             assert_eq!(group.finish(1, &theirs), Ok(Status::Success), "{profile:?}");
         }
@@ -205,6 +206,7 @@ fn peers_are_told_of_a_rail_that_has_failed() {
             assert_eq!(group.finish(1, &small), Ok(Status::Success), "{profile:?}");
         }
         assert!(group.live_until(100, |group| group.got(0, b"small") == 8));
+        assert_eq!(group.world.state().injuries.len(), injured, "{profile:?}: it was tried all the same");
         drop((theirs, ours, small));
         group.close();
     }
