@@ -498,12 +498,13 @@ impl State {
     /// Gives arrivals to receives for as long as there are both, and immediates to the queue.
     pub(crate) fn match_arrivals(&mut self, target: usize) {
         let uses_receive = self.profile.rx_cq_data;
+        let drops = self.profile.provider == "efa";
         loop {
             let ep = &mut self.eps[target];
             let Some(cq) = ep.cq else { return };
             let cq = &mut self.cqs[cq];
-            // Resource management: what the queue cannot hold waits outside.
-            if cq.entries.len() >= cq.size {
+            // Resource management: what the queue cannot hold waits outside. EFA's devices have none.
+            if cq.entries.len() >= cq.size && !drops {
                 return;
             }
             let free = |a: &Arrival| a.payload.is_none() && !uses_receive;
@@ -515,6 +516,7 @@ impl State {
             if free(&arrival) {
                 let flags = sys::FI_REMOTE_WRITE | sys::FI_RMA | with_data;
                 cq.entries.push_back(Entry { context: 0, flags, len: arrival.len, data, error: None });
+                self.look_for_overrun(target);
                 continue;
             }
             let recv = ep.recvs.pop_front().expect("it was looked at");
@@ -539,6 +541,15 @@ impl State {
                 self.breach("a message is longer than its receive");
             }
             self.over(target, recv.context, recv.mr);
+            self.look_for_overrun(target);
+        }
+    }
+
+    /// What an EFA device's queue cannot hold is lost, without a word.
+    fn look_for_overrun(&mut self, ep: usize) {
+        let Some(cq) = self.eps[ep].cq.map(|cq| &self.cqs[cq]) else { return };
+        if self.profile.provider == "efa" && cq.entries.len() > cq.size {
+            self.breach("a completion that finds no room in its queue");
         }
     }
 
@@ -600,6 +611,7 @@ impl State {
         }
         if let Some(cq) = self.eps[source].cq {
             self.cqs[cq].entries.push_back(Entry { context, flags, len: 0, data: 0, error });
+            self.look_for_overrun(source);
         }
     }
 
