@@ -146,10 +146,7 @@ impl Shared {
         for tag in released.begin {
             let Some(transfer) = remote::of_tag(&tag) else { continue };
             transfer.begin(self, next);
-            let room = self.has_room();
-            for rail in transfer.transfer.rails() {
-                self.vram.within(|| self.local.rails[rail.index()].drive(room, next));
-            }
+            transfer.drive_rails(self, next);
         }
         for (tag, error) in released.failed {
             self.part_over(&tag, Err(error), next);

@@ -90,8 +90,9 @@ impl Remote {
         self.drive_rails(shared, events);
     }
 
-    fn drive_rails(&self, shared: &Shared, events: &mut Vec<Event>) {
-        let room = shared.inbox.has_room();
+    /// Drives the rails that the last post took, each once.
+    pub fn drive_rails(&self, shared: &Shared, events: &mut Vec<Event>) {
+        let room = shared.has_room();
         for rail in self.transfer.rails() {
             shared.vram.within(|| shared.local.rails[rail.index()].drive(room, events));
         }

@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::probe::Probe as Question;
+use super::probe::Question;
 use crate::error::{Error, Result, Status};
 use crate::fabric::{Device, Endpoint, FiAddr, InFlight};
 use crate::sys::tcp::{self, Probe};
@@ -46,7 +46,7 @@ pub(super) struct Entry {
     /// It need not be asked any more before something is posted to it.
     pub answered: bool,
     /// It is being asked whether it answers.
-    pub probe: Option<Question>,
+    pub question: Option<Question>,
     /// Why no message reaches it any more.
     pub deaf: Option<Error>,
     listener: Option<Listener>,
@@ -198,8 +198,8 @@ impl Destinations {
 
     /// The provider did not reach somebody with a word of its own, and does not say whom. It may be one that is being asked.
     pub fn suspect(&mut self, now: Instant) {
-        for probe in self.entries.iter_mut().flatten().filter_map(|entry| entry.probe.as_mut()) {
-            probe.suspect(now);
+        for question in self.entries.iter_mut().flatten().filter_map(|entry| entry.question.as_mut()) {
+            question.suspect(now);
         }
     }
 
@@ -212,7 +212,7 @@ impl Destinations {
             lost: false,
             reached: false,
             answered: false,
-            probe: None,
+            question: None,
             deaf: None,
             listener: self.device.listener(&name.0).map(Listener::new),
             last_used: self.clock,

@@ -49,13 +49,13 @@ pub(super) struct Probes {
 
 /// A question to a destination.
 #[derive(Debug)]
-pub(super) struct Probe {
+pub(super) struct Question {
     since: Instant,
     /// From when on the destination is taken to be gone.
     until: Instant,
 }
 
-impl Probe {
+impl Question {
     /// The destination may be one that was not reached just now.
     pub fn suspect(&mut self, now: Instant) {
         self.until = self.until.min(now + SUSPICION);
@@ -77,17 +77,16 @@ impl Core {
     /// Whether operations of a share may be posted. If not, its destination is asked, and the share waits, or leaves its work to
     /// others when the time is over.
     pub(super) fn answer(&mut self, key: usize, events: &mut Vec<Event>) -> Answer {
-        let share = &self.shares[key];
-        let (destination, is_probe) = (share.destination, share.is_probe());
-        if is_probe || self.probes.answers.is_none() || self.destinations.get(destination).answered {
-            if self.shares[key].waits {
-                let share = &mut self.shares[key];
+        let share = &mut self.shares[key];
+        let destination = share.destination;
+        if share.is_probe() || self.probes.answers.is_none() || self.destinations.get(destination).answered {
+            if share.waits {
                 share.waits = false;
                 share.work.trust(share.lane);
             }
             return Answer::Here;
         }
-        if !self.shares[key].work.wants_rails() {
+        if !share.work.wants_rails() {
             // Others have done it.
             return Answer::Missing;
         }
@@ -96,8 +95,8 @@ impl Core {
             self.unanswered(destination, &silent(waited), events);
             return Answer::Missing;
         }
-        if waited >= self.limits.stall_timeout / PATIENCE_PARTS && !self.shares[key].waits {
-            let share = &mut self.shares[key];
+        let share = &mut self.shares[key];
+        if waited >= self.limits.stall_timeout / PATIENCE_PARTS && !share.waits {
             share.waits = true;
             share.work.doubt(share.lane, silent(waited));
             events.push(Event::WorkWaits { work: Arc::clone(&share.work) });
@@ -110,8 +109,8 @@ impl Core {
         let share = &self.shares[key];
         let (destination, lane) = (share.destination, share.lane);
         let entry = self.destinations.get(destination);
-        if let Some(probe) = &entry.probe {
-            return Some((self.now.duration_since(probe.since), self.now >= probe.until));
+        if let Some(question) = &entry.question {
+            return Some((self.now.duration_since(question.since), self.now >= question.until));
         }
         let name = entry.name.clone();
         let list = match share.work.list()?.probe(lane, self.probes.answers.as_ref()?) {
@@ -130,7 +129,7 @@ impl Core {
         );
         let entry = self.destinations.get(destination);
         entry.users += 1;
-        entry.probe = Some(Probe { since: self.now, until: self.now + self.limits.stall_timeout });
+        entry.question = Some(Question { since: self.now, until: self.now + self.limits.stall_timeout });
         None
     }
 
@@ -138,9 +137,9 @@ impl Core {
     pub(super) fn give_up_asking(&mut self, key: usize) {
         let now = self.now;
         let share = &mut self.shares[key];
-        let probe = self.destinations.get(share.destination).probe.as_ref();
-        if let Some(since) = probe.filter(|probe| now >= probe.until).map(|probe| probe.since) {
-            share.leaving = Some(Box::new(silent(now.duration_since(since))));
+        let question = self.destinations.get(share.destination).question.as_ref();
+        if let Some(question) = question.filter(|question| now >= question.until) {
+            share.leaving = Some(Box::new(silent(now.duration_since(question.since))));
         }
     }
 
@@ -148,7 +147,7 @@ impl Core {
     pub(super) fn probe_over(&mut self, key: usize, error: Option<&Error>, events: &mut Vec<Event>) {
         let destination = self.shares[key].destination;
         let entry = self.destinations.get(destination);
-        entry.probe = None;
+        entry.question = None;
         let lost = error.filter(|error| error.status() == Status::RemoteDisconnect);
         if lost.is_none() && self.failure.is_none() {
             entry.answered = true;
@@ -219,8 +218,8 @@ impl Core {
 
 fn silent(waited: Duration) -> Error {
     Error::disconnected(format!(
-        "it has not answered for {} ms (connect_timeout_ms is the limit, or 1 s when libfabric says that somebody was not reached): is it alive, and does its progress thread run or its \
-         application call NIXL? {NETWORK_HELP}",
+        "it has not answered for {} ms (connect_timeout_ms is the limit, or 1 s when libfabric says that somebody was not \
+         reached): is it alive, and does its progress thread run or its application call NIXL? {NETWORK_HELP}",
         waited.as_millis()
     ))
 }

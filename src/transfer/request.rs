@@ -190,8 +190,7 @@ impl Transfer {
         way: impl Fn(Lane) -> Option<Destination>,
         prefer: impl Fn(Lane) -> bool,
     ) -> bool {
-        let set = self.lock().works.iter().position(|known| Arc::ptr_eq(known, work));
-        let Some(lanes) = set.map(|set| &self.lanes[set]).filter(|_| work.wants_rails()) else { return true };
+        let Some(lanes) = self.lanes_of(work).filter(|_| work.wants_rails()) else { return true };
         let lost: Vec<Lane> = work.lost().iter().map(|(index, _)| lanes.all[*index as usize]).collect();
         let way = |index, lane| way(lane).filter(|_| !work.was_left_by(index) && plan::may_lead(&lost, lane));
         // One that has nothing in common with those.
@@ -211,8 +210,7 @@ impl Transfer {
         way: impl Fn(Lane) -> Option<Destination>,
         prefer: impl Fn(Lane) -> bool,
     ) {
-        let set = self.lock().works.iter().position(|known| Arc::ptr_eq(known, work));
-        let Some(lanes) = set.map(|set| &self.lanes[set]).filter(|_| work.wants_rails()) else { return };
+        let Some(lanes) = self.lanes_of(work).filter(|_| work.wants_rails()) else { return };
         let invited: Vec<usize> = lanes.invited().map(|(index, _)| index).collect();
         lanes.invite(work, 0, lanes.all.len(), rails, |index, lane| {
             way(lane).filter(|_| prefer(lane) && !invited.contains(&usize::from(index)))
@@ -225,9 +223,14 @@ impl Transfer {
         if lost.is_empty() {
             return Vec::new();
         }
-        let set = self.lock().works.iter().position(|known| Arc::ptr_eq(known, work));
-        let Some(lanes) = set.map(|set| &self.lanes[set]) else { return Vec::new() };
+        let Some(lanes) = self.lanes_of(work) else { return Vec::new() };
         lost.into_iter().map(|(index, why)| (lanes.all[index as usize], why)).collect()
+    }
+
+    /// The lanes of a piece of work, if it is of the last post.
+    fn lanes_of(&self, work: &Arc<Work>) -> Option<&Lanes> {
+        let set = self.lock().works.iter().position(|known| Arc::ptr_eq(known, work))?;
+        Some(&self.lanes[set])
     }
 
     /// The rails that the last post took.
