@@ -195,6 +195,10 @@ class Round:
                 # Others are not concerned.
                 one, other = self.dice.sample([agent for agent in bystanders if agent is not near], 2)
                 self.transfer(one, other)
+        self.recover(near, far)
+
+    def recover(self, near, far):
+        """The faults at one are over; it starts anew."""
         self.faults()
         far.kill()
         near.call("receive", 1000, 0.2)
@@ -208,11 +212,8 @@ class Round:
         self.faults(fault)
         for _ in range(3):
             self.transfer(*self.dice.sample([near, far], 2))
-        self.faults()
         # Its device stays out of use until it is started anew.
-        far.kill()
-        near.call("receive", 1000, 0.2)
-        self.replace(far)
+        self.recover(near, far)
 
     def run(self):
         deeds = [self.transfer] * 12 + [self.word] * 4 + [self.forget] * 2 + [self.pause, self.restart]

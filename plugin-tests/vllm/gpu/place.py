@@ -76,10 +76,10 @@ class Way:
 
 
 TCP = {"FI_PROVIDER": "tcp"}
-NETWORK = TCP | {"NIXL_LIBFABRIC_SAME_HOST": "off"}
+# The hosts of the cases are one machine: else memory would go from process to process, and not over the network or the devices.
+BY_NETWORK = {"NIXL_LIBFABRIC_SAME_HOST": "off"}
+NETWORK = TCP | BY_NETWORK
 SAME_HOST = TCP | {"NIXL_LIBFABRIC_SAME_HOST": "auto"}
-# Two hosts of softefa's are one machine: GPU memory would go by CUDA and not over the devices.
-DEVICES = {"NIXL_LIBFABRIC_SAME_HOST": "off"}
 # tcp takes no GPU memory, so without this none can be registered.
 STAGED = {"NIXL_LIBFABRIC_VRAM_STAGING": "true"}
 WAYS = {
@@ -87,7 +87,7 @@ WAYS = {
     "same-host": Way("GPU memory, this host's own way", settings=SAME_HOST | STAGED, option="same_host", says="is reached by CUDA"),
     "host": Way("tcp, vLLM's host buffers", kv_device="cpu", settings=NETWORK),
     "host-same-host": Way("vLLM's host buffers, this host's own way", kv_device="cpu", settings=SAME_HOST, option="same_host", says="is reached directly"),
-    "efa": Way("software EFA devices that take GPU memory", settings=DEVICES, provider="efa", says="is registered by"),
+    "efa": Way("software EFA devices that take GPU memory", settings=BY_NETWORK, provider="efa", says="is registered by"),
     "ucx": Way("UCX, GPU memory, transports as it chooses", backend="UCX", reference=True),
     "ucx-host": Way("UCX, vLLM's host buffers", backend="UCX", kv_device="cpu", reference=True),
     "ucx-tcp": Way("UCX, GPU memory over tcp", backend="UCX", settings={"UCX_TLS": "tcp,cuda_copy"}, reference=True),
