@@ -2,6 +2,7 @@
 //!
 //! `NIXL_WHEEL_DIR` names wheels of NIXL to compare with: a directory `site-packages`, or any above some.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -119,8 +120,12 @@ impl Standin {
 
     /// What the core says in the end, and the log.
     fn run(&self) -> (String, String) {
-        let core = Command::new(self.folder.join("core"))
-            .arg(plugin())
+        // Words of an emulator, where this runs for another processor.
+        let runner = std::env::var("ABI_CORE_RUNNER").unwrap_or_default();
+        let core = self.folder.join("core").into_os_string();
+        let mut words = runner.split_whitespace().map(OsString::from).chain([core, plugin().into()]);
+        let core = Command::new(words.next().expect("the core at least"))
+            .args(words)
             .env("NIXL_LOG_LEVEL", "INFO")
             .output()
             .expect("the core runs");

@@ -28,6 +28,9 @@ PYTHON = ROOT / "target" / "venv" / "bin" / "python"
 EMULATOR = ["qemu-aarch64", "-L", str(HERE / "root")]
 # Test programs that run nothing but themselves.
 TESTS = ["abi_exports", "abi_header", "abi_layout", "topology_golden", "topology_properties", "wire_golden"]
+# What the emulator has not: process_vm_readv(2), by which agents of one host reach each other (over rails instead, in the scenarios);
+# and what `make setup` has not for this processor: a CUDA runtime.
+NOT_THERE = ["neighbour::tests", "transfer::copies::tests", "sys::process::tests", "sys::cudart::tests::the_cuda_runtime_of_a_wheel"]
 SCENARIOS = {MAIN: "random_lists or repost"} | dict.fromkeys(OTHERS, "repost_turns")
 
 
@@ -99,11 +102,11 @@ def set_up():
     python.chmod(0o755)
 
 
-def cargo(*command, env=None):
+def cargo(command, *arguments, env=None):
     variables = {"CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER": "aarch64-linux-gnu-gcc",
                  "CXX_aarch64_unknown_linux_gnu": "aarch64-linux-gnu-g++",
                  "CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER": shlex.join(EMULATOR)}
-    return run("cargo", *command, f"--target={TARGET}", cwd=ROOT, env=os.environ | variables | (env or {}))
+    return run("cargo", command, f"--target={TARGET}", *arguments, cwd=ROOT, env=os.environ | variables | (env or {}))
 
 
 def build():
@@ -117,7 +120,8 @@ def build():
 def main(arguments):
     set_up()
     build()
-    cargo("test", "--lib", *(f"--test={name}" for name in TESTS), env={"NIXL_WHEEL_DIR": str(HERE / "nixl" / MAIN)})
+    cargo("test", "--lib", *(f"--test={name}" for name in TESTS), "--", *(f"--skip={name}" for name in NOT_THERE),
+          env={"NIXL_WHEEL_DIR": str(HERE / "nixl" / MAIN), "CXX": "aarch64-linux-gnu-g++", "ABI_CORE_RUNNER": " ".join(EMULATOR)})
     for version, names in SCENARIOS.items():
         run(PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-q", f"--nixl={version}", "--libfabric=system",
             "plugin-tests/e2e/test_transfer.py", *(arguments or ["-k", names]), cwd=ROOT, env=os.environ | {"E2E_TARGET": str(HERE)})
