@@ -42,9 +42,10 @@ demo: setup plugin ## two NIXL agents move bytes through the plugin, every byte 
 
 test: check test-docs unit e2e-core e2e-versions e2e-efa ## what CI runs: needs no GPU and no NIC
 
-check: ## formatting, lints, dependencies
+check: ## formatting, lints, dependencies; whether the simulator's mutants still apply
 	cargo fmt --check
 	cargo clippy --workspace --all-targets --quiet -- -D warnings
+	@python3 plugin-tests/sim/mutants/run.py --check
 	@if command -v cargo-deny >/dev/null; then cargo deny check; else echo "check: no cargo-deny here, licences not checked"; fi
 
 test-docs: setup plugin ## links, commands and names in the Markdown files; their blocks are run

@@ -2,6 +2,7 @@
 """Breaks each law on purpose, in a copy of the tree, and expects the simulator to notice.
 
     plugin-tests/sim/mutants/run.py [word ...]      only mutants whose name holds one of the words
+    plugin-tests/sim/mutants/run.py --check         builds nothing, says which no longer apply
 
 Ends with 1 if a mutant lives, or no longer applies. The copy is kept under target/mutants, so that only the changed
 crates are built again for each mutant. Needs Python 3.11 (tomllib).
@@ -54,12 +55,18 @@ def cargo(*arguments):
         return None
 
 
+def misfit(mutant, tree):
+    """Why a mutant does not apply, if it does not."""
+    count = (tree / mutant["file"]).read_text().count(mutant["find"])
+    return None if count == 1 else f"`find` stands {count} times in {mutant['file']}"
+
+
 def verdict(mutant):
-    """None if the mutant was caught, with how; else why it lives."""
+    """Whether the mutant was caught; and how, or why it lives."""
+    if why := misfit(mutant, TREE):
+        return False, why
     path = TREE / mutant["file"]
     original = path.read_text()
-    if original.count(mutant["find"]) != 1:
-        return False, f"`find` stands {original.count(mutant['find'])} times in {mutant['file']}"
     try:
         path.write_text(original.replace(mutant["find"], mutant["replace"]))
         built = cargo("--no-run")
@@ -81,6 +88,10 @@ def verdict(mutant):
 def main():
     mutants = tomllib.loads((ROOT / "plugin-tests/sim/mutants/mutants.toml").read_text())["mutant"]
     words = sys.argv[1:]
+    if words == ["--check"]:
+        unfit = [f"{mutant['name']}: {why}" for mutant in mutants if (why := misfit(mutant, ROOT))]
+        print("\n".join(unfit) or f"mutants: all {len(mutants)} apply")
+        return 1 if unfit else 0
     chosen = [m for m in mutants if not words or any(word in m["name"] for word in words)]
     copy_tree()
     failed = 0
