@@ -175,7 +175,7 @@ def test_forked_spawned_and_started_children(cu12, tmp_path):
 
 def test_a_worker_on_another_machine_sets_its_own(cu12):
     """Ray hands a worker the driver's environment: a folder that was made here, and is not there."""
-    foreign = "/home/somebody/.cache/nixl-libfabric-plugins/0123456789abcdef/nixl/plugins"
+    foreign = "/nowhere/.cache/nixl-libfabric-plugins/0123456789abcdef/nixl/plugins"
     text = LOAD.format(group=GROUPS[0]) + "import os; print(os.environ['NIXL_PLUGIN_DIR'])"
     assert cu12.code(text, NIXL_PLUGIN_DIR=foreign) == cu12.run(cu12.program, "plugin-dir")
 
